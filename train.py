@@ -1,0 +1,428 @@
+"""Train one method: SFT where there is no model yet, then the turns of Algorithm 1.
+
+    python train.py                                                  # IOPO on the safe world, on a laptop
+    python train.py --method dpo --out runs/dpo                      # any baseline, by the same loop
+    python train.py --model FOLDER --data FILE --out runs/mine       # a Llama checkpoint, your preference pairs
+    python train.py --out runs/mine --resume                         # goes on where a killed run stopped
+
+One loop serves every method: a method is a loss, the schedule, and where its pairs come from. Whose turn it is
+and which pairs a step sees follow from the step's number and the seed alone, so a checkpoint is the weights,
+the optimisers' moments and one number.
+"""
+
+import argparse
+import copy
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
+from iopo import (ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns)
+from model import Decoder, DecoderConfig, response_logps
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What can be asked for
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the paper's tables: the loss, the options it fixes, and whether it looks at ENV at all."""
+    loss: str
+    fixed: dict
+    env: bool = True
+
+
+METHODS = {"iopo": Method("iopo", {}),
+           "dpo": Method("dpo", {"n_nu": 0}),
+           "hinge": Method("hinge", {"n_nu": 0}),
+           "ipo": Method("ipo", {"n_nu": 0}),
+           "kto_pair": Method("kto_pair", {"n_nu": 0, "micro_tokens": None}),    # its batch term needs a single pass
+           "aipo": Method("aipo", {"n_nu": 0}),
+           "sft": Method("sft", {"n_nu": 0}, env=False)}
+
+WORLD_PAIRS, WORLD_EXAM_PAIRS = 3000, 400
+WORLD_MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=24, max_position_embeddings=128)
+
+
+def option(default, help, **limits):
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass
+class Config:
+    """Every option and its default, once. None means: resolved when the run starts, and printed."""
+    method: str = option("iopo", "what to train", choices=METHODS)
+    model: str | None = option(None, "folder of a Llama checkpoint to start from; without it the safe world's own")
+    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model)")
+    out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
+    seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0)
+    beta: float = option(0.1, "the reward's scale beta", above=0)
+    eps: float = option(0.3, "the clip's half width epsilon", above=0, below=1)
+    clip: str = option("min", "reading of Eq. 12", choices=("min", "two_sided", "none"))
+    ratio: str = option("sequence", "reading of Eq. 11", choices=("sequence", "length_normalized", "env", "one"))
+    adversary: str = option("swapped", "how the adversary reads a pair", choices=ADVERSARIES)
+    alpha: float = option(0.07, "AIPO's extra weight of the reference", least=0)
+    lam: float = option(0.2, "AIPO's weight of the likelihood term", least=0)
+    n_iter: int = option(6, "iterations N_iter of Algorithm 1", least=0)
+    n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
+    n_nu: int = option(25, "adversary's optimiser steps per iteration, N_nu; 0: no adversary, ENV stays the start",
+                       least=0)
+    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that", least=0)
+    sft_lr: float | None = option(None, "learning rate of SFT", above=0)
+    lr: float | None = option(None, "learning rate of both players", above=0)
+    batch_size: int = option(32, "pairs per optimiser step", least=1)
+    max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2)
+    micro_tokens: int | None = option(8192, "tokens per forward pass, padding included; less memory, same gradient", least=1)
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
+    dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
+                        choices=("float32", "bfloat16"))
+    save_every: int = option(100, "optimiser steps between checkpoints; 0: only the last", least=0)
+    eval_prompts: int = option(100, "held-out prompts answered for the closing table; 0: none", least=0)
+
+
+class Refused(ValueError):
+    """Input or options that cannot be used; the message is one sentence."""
+
+
+def parse_arguments(arguments):
+    """The flags, made from Config's fields: (the options given, resume?)."""
+    def refuse(message):
+        raise Refused(message)
+
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
+    for field in dataclasses.fields(Config):
+        kind = next(part for part in (typing.get_args(field.type) or (field.type,)) if part is not type(None))
+        default = "" if field.default is None else f" (default {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
+                            metavar=None if "choices" in field.metadata else kind.__name__.upper(),
+                            help=field.metadata["help"].replace("%", "%%") + default)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    given = vars(parser.parse_args(arguments))
+    return given, given.pop("resume", False)
+
+
+def make_config(given):
+    """Config from the options given. Refuses what is out of range, and what the method would ignore."""
+    config = Config(**given)
+    for field in dataclasses.fields(Config):
+        value, flag, limits = getattr(config, field.name), "--" + field.name.replace("_", "-"), field.metadata
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refused(f"{flag} must be finite, not {value}")
+        for name, wrong, words in (("least", lambda a, b: a < b, "at least"), ("above", lambda a, b: a <= b, "above"),
+                                   ("below", lambda a, b: a >= b, "below")):
+            if value is not None and name in limits and wrong(value, limits[name]):
+                raise Refused(f"{flag} must be {words} {limits[name]}, not {value}")
+    if config.data is not None and config.model is None:
+        raise Refused("--data needs --model: the safe world's model knows no other text")
+    if config.model is not None and config.data is None:
+        raise Refused("--model needs --data: the safe world brings its own model")
+
+    method = METHODS[config.method]
+    ignored = {name: f"--method {config.method}" for name in method.fixed}
+    ignored |= {name: f"--method {config.method}" for loss in LOSSES.values() for name in keywords(loss)
+                if name not in keywords(LOSSES[method.loss])}
+    config = dataclasses.replace(config, **method.fixed)
+    if config.n_nu == 0:
+        ignored.setdefault("adversary", "--n-nu 0")
+    if config.ratio == "one":
+        ignored |= {"eps": "--ratio one", "clip": "--ratio one"}
+    if config.clip == "none":
+        ignored.setdefault("eps", "--clip none")
+    for name in given:
+        if name in ignored:
+            raise Refused(f"--{name.replace('_', '-')} has no effect with {ignored[name]}; leave it out")
+
+    on_world = config.model is None
+    defaults = {"sft_steps": 400 if on_world else 0, "sft_lr": 1e-3 if on_world else 2e-5,
+                "lr": 5e-5 if on_world else 2e-7, "max_length": 64 if on_world else None}
+    config = dataclasses.replace(config, **{name: value for name, value in defaults.items()
+                                            if getattr(config, name) is None})
+    if config.sft_steps == 0 and "sft_lr" in given:
+        raise Refused("--sft-lr has no effect without --sft-steps; leave it out")
+    return config
+
+
+def keywords(loss):
+    """The options a loss takes (lengths come from the batch)."""
+    return [name for name, parameter in inspect.signature(loss).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and not name.endswith("_lengths")]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Setting up: everything that can be wrong with the input is found here, before anything is written
+
+@dataclass
+class Job:
+    config: Config
+    model: Decoder
+    tokenizer: Tokenizer
+    rows: list              # (prompt_ids, chosen_ids, rejected_ids)
+
+
+def prepare(config):
+    if config.model is None:
+        world = SafeWorld(config.seed)
+        pairs, tokenizer = world.pairs("train", WORLD_PAIRS), world.tokenizer()
+        torch.manual_seed(config.seed)
+        model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
+                                      bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
+    else:
+        pairs = load_pairs(config.data, "train")
+        tokenizer = Tokenizer.from_pretrained(config.model)
+        model = Decoder.from_pretrained(config.model)
+    if tokenizer.largest_id >= model.config.vocab_size:
+        raise Refused(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the embeddings only "
+                      f"{model.config.vocab_size} rows; tokenizer and weights do not belong together")
+    context = model.config.max_position_embeddings
+    if config.max_length is None:
+        config.max_length = min(context, 1024)
+    if config.max_length > context:
+        raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
+    rows, report = encode_pairs(pairs, tokenizer, config.max_length)
+    print(f"training pairs: {report}", flush=True)
+    return Job(config, model.to(find_device(config.device)), tokenizer, rows)
+
+
+def find_device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"--device {name} is not to be had here ({str(error).splitlines()[0]})") from None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+
+def train(job):
+    """Run Algorithm 1 in the run folder, from its checkpoint if it has one."""
+    config, out, tokenizer = job.config, Path(job.config.out), job.tokenizer
+    method = METHODS[config.method]
+    schedule = [(0, "sft")] * config.sft_steps + list(turns(config.n_iter, config.n_mu, config.n_nu))
+    sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
+
+    players = {"protagonist": job.model, "adversary": copy.deepcopy(job.model)}
+    optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
+                  "adversary": adamw(players["adversary"], config.lr)}
+    fingerprint = hashlib.sha256()
+    for row in job.rows:
+        fingerprint.update(repr(row).encode())
+    fingerprint = fingerprint.hexdigest()
+    done = load_checkpoint(out, players, optimizers, fingerprint)
+    if done == 0 and config.model is None and config.sft_steps == 0:        # a start that is nowhere else on disk
+        save_player(out / "sft", job.model, tokenizer)
+
+    with open_metrics(out, done) as metrics_file, tqdm(total=len(schedule), initial=done, unit="step") as bar:
+        for step in range(done, len(schedule)):
+            iteration, player = schedule[step]
+            if step in (done, config.sft_steps):
+                stream = batches(sft_rows if player == "sft" else job.rows, config.batch_size, config.seed,
+                                 start=step if player == "sft" else step - config.sft_steps)
+            rows, sign = next(stream), +1
+            if player == "sft":
+                loss, agent, env = "sft", players["protagonist"], None
+            elif player == "protagonist":                          # Algorithm 1, line 4: AGENT mu, ENV nu
+                loss, agent, env = method.loss, players["protagonist"], players["adversary"]
+            else:                                                  # Algorithm 1, line 9: AGENT nu, ENV mu
+                loss, agent, env = method.loss, players["adversary"], players["protagonist"]
+                exchange, sign = ADVERSARIES[config.adversary]
+                if exchange:
+                    rows = [(prompt, rejected, chosen) for prompt, chosen, rejected in rows]
+            metrics = optimizer_step(agent, env if method.env else None, optimizers[player], rows, loss, sign, config)
+
+            bar.set_description(f"{player} {iteration}/{config.n_iter}" if iteration else "sft")
+            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
+            bar.update()
+            metrics_file.write(json.dumps({"step": step + 1, "iteration": iteration, "player": player, **metrics}) + "\n")
+            if step + 1 == config.sft_steps:                       # both players start at the SFT model
+                players["adversary"].load_state_dict(players["protagonist"].state_dict())
+                save_player(out / "sft", players["protagonist"], tokenizer)
+            if step + 1 == len(schedule) or config.save_every and (step + 1) % config.save_every == 0:
+                metrics_file.flush()
+                save_checkpoint(out, step + 1, players, optimizers, fingerprint)
+    save_player(out / "protagonist", players["protagonist"], tokenizer)
+    if config.n_nu:
+        save_player(out / "adversary", players["adversary"], tokenizer)
+
+
+SHOWN = ("loss", "margin", "accuracy", "ratio", "clipped")
+
+
+def adamw(model, lr):
+    """The same for every player and method: constant rate, no decay, moments kept across turns."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
+    """One step of AGENT on `rows`, with ENV frozen (None: the loss looks at no reference). Returns the metrics.
+
+    The gradient is that of the mean over all rows, in however many micro-batches they come. AGENT and ENV see
+    the same micro-batches, so where their weights agree, so do their log-probabilities, to the last bit.
+    """
+    device = next(agent.parameters()).device
+    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    wanted = inspect.signature(LOSSES[loss]).parameters
+    columns = []
+    for batch in micro_batches(rows, config.micro_tokens):
+        batch = batch.to(device)
+        with bfloat16:
+            logps = response_logps(agent, batch)
+            with torch.no_grad():
+                env_logps = response_logps(env, batch) if env is not None else (None, None)
+        options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
+        options = {name: value for name, value in options.items() if name in wanted}
+        losses = sign * LOSSES[loss](*logps, *env_logps, **options)                                 # (B,)
+        (losses.sum() / len(rows)).backward()
+        columns.append((losses, *logps, *env_logps, batch.rejected_lengths))
+    grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
+    if not grad_norm.isfinite():
+        raise FloatingPointError("the gradient is not finite; try a smaller --lr (the last checkpoint is whole)")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    columns = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*columns)]
+    return {**measure(*columns, loss, config), "grad_norm": grad_norm.item()}
+
+
+def measure(losses, chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, rejected_lengths, loss, config):
+    """What metrics.jsonl says of one step, before its update, from AGENT's side: means over the pairs, where margin
+    is beta * h against ENV, accuracy the share of h > 0, and ratio Eq. 11's before Eq. 12 clips it."""
+    metrics = {"loss": losses.mean(), "chosen_logps": chosen_logps.mean()}
+    if env_chosen_logps is not None:
+        margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, config.beta)
+        metrics |= {"rejected_logps": rejected_logps.mean(), "margin": margin.mean(),
+                    "margin_std": margin.std(correction=0), "accuracy": (margin > 0).float().mean()}
+    if loss == "iopo":
+        terms = ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, config.ratio, rejected_lengths)
+        ratio, (top, bottom, lengths) = importance_ratio(*terms), terms
+        log_ratio = (top - bottom) / (1 if lengths is None else lengths)
+        metrics |= {"ratio": ratio.mean(), "log_ratio": log_ratio.mean(), "log_ratio_max": log_ratio.max(),
+                    "clipped": (clip_ratio(ratio, config.eps, config.clip) != ratio).float().mean(),
+                    "guarded": ((log_ratio.exp() == 0) | log_ratio.exp().isinf()).sum()}
+    return {name: value.item() for name, value in metrics.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The run folder
+
+def save_player(folder, model, tokenizer):
+    """A Hugging Face folder, complete or not there at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save(partial)
+    partial.rename(folder)
+
+
+def save_checkpoint(out, step, players, optimizers, fingerprint):
+    """Everything that a resumed run cannot work out from its config: one file, replaced in one move."""
+    state = {"step": step, "data": fingerprint,
+             "players": {name: player.state_dict() for name, player in players.items()},
+             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+    (out / "checkpoint").mkdir(exist_ok=True)
+    torch.save(state, out / "checkpoint" / "state.pt.partial")
+    os.replace(out / "checkpoint" / "state.pt.partial", out / "checkpoint" / "state.pt")
+
+
+def load_checkpoint(out, players, optimizers, fingerprint):
+    """Steps done; 0 where there is no checkpoint."""
+    if not (out / "checkpoint" / "state.pt").exists():
+        return 0
+    try:
+        state = torch.load(out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise Refused(f"{out / 'checkpoint' / 'state.pt'}: cannot be read ({error}); the file is damaged") from None
+    if state["data"] != fingerprint:
+        raise Refused(f"{out}: the training pairs are not those the run began with; resume needs the same data")
+    for name, player in players.items():
+        player.load_state_dict(state["players"][name])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    return state["step"]
+
+
+def open_metrics(out, done):
+    """metrics.jsonl, cut back to the steps that the checkpoint has."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
+    (out / "metrics.jsonl.partial").write_text("".join(lines))
+    os.replace(out / "metrics.jsonl.partial", path)
+    return path.open("a")
+
+
+def is_finished(config):
+    out = Path(config.out)
+    return (out / "protagonist").exists() and (config.n_nu == 0 or (out / "adversary").exists())
+
+
+def choose_folder(given, resume):
+    """The run folder, and the Config of the run that is in it already (None: a new run)."""
+    if given.get("out") is None:
+        if resume:
+            raise Refused("--resume needs --out, the run to go on with")
+        name = Path("runs", given.get("method", Config.method))
+        numbered = (name.with_name(f"{name.name}-{number}") for number in range(1, sys.maxsize))
+        return next(str(folder) for folder in numbered if not folder.exists()), None
+    out = Path(given["out"])
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+        return given["out"], None
+    if not resume:
+        raise Refused(f"--out {out} exists and is not empty; choose another one, or go on with it by --resume")
+    try:
+        return given["out"], Config(**json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        raise Refused(f"--out {out} is no run that --resume could go on with: it has no readable config.json") from None
+
+
+def main(arguments=None):
+    try:
+        given, resume = parse_arguments(arguments)
+        out, before = choose_folder(given, resume)
+        config = dataclasses.replace(before or make_config(given), out=out)
+        for name, value in given.items():
+            if value != getattr(config, name):
+                raise Refused(f"--{name.replace('_', '-')} {value} differs from the run in {out}, which has "
+                              f"{getattr(config, name)}")
+        if before and is_finished(config):
+            print(f"{out} is finished; nothing to do")
+            return
+        job = prepare(config)
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:                         # a sentence for the user; bugs raise other things
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+    (Path(out) / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
+    try:
+        train(job)
+        del job                                                    # eval.py loads one model at a time
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; go on with: python train.py --out {out} --resume")
+    except (Refused, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, Refused) else 1) from None
+
+    import eval                                                    # the closing table
+    eval.main([str(out)])
+
+
+if __name__ == "__main__":
+    main()
