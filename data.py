@@ -100,6 +100,8 @@ def parse_json(content, path, first_line):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{path}, line {first_line}: JSON nested too deeply to be read") from None
 
 
 def parse_row(row, origin):
@@ -187,6 +189,7 @@ class Tokenizer:
         self.chat_template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
         self.variables = {name: self.content(tokens.get(name)) for name in ("bos_token", "eos_token")}
         self.add_bos = bool(tokens.get("add_bos_token")) and self.bos_id is not None
+        self.appends_eos = self.backend.encode("a").ids[-1:] == [self.eos_id]
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -231,11 +234,11 @@ class Tokenizer:
         """Text to ids without EOS; BOS first where the tokenizer asks for it, and never twice. `rendered`: the
         text comes from a chat template, which writes its special tokens itself."""
         ids = self.backend.encode(string, add_special_tokens=not rendered).ids
-        if self.add_bos and not rendered and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id] + ids
-        while ids and ids[-1] == self.eos_id:
-            ids.pop()
-        return ids
+        if rendered:
+            return ids
+        if self.appends_eos:
+            ids = ids[:-1]
+        return [self.bos_id] + ids if self.add_bos and ids[:1] != [self.bos_id] else ids
 
     def encode_prompt(self, prompt):
         """Ids of a prompt (text or messages) to be continued by generation."""
@@ -250,16 +253,21 @@ class Tokenizer:
         longest common prefix of prompt, prompt + chosen and prompt + rejected, and an answer is all that follows.
         """
         prompt = self.encode_prompt(pair.prompt)
-        chosen, rejected = self.encode_answer(pair.prompt, pair.chosen), self.encode_answer(pair.prompt, pair.rejected)
+        chosen, rejected = (self.encode_whole(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
         shared = 0
         for a, b, c in zip(prompt, chosen, rejected):
             if not a == b == c:
                 break
             shared += 1
-        return prompt[:shared], chosen[shared:] + [self.eos_id], rejected[shared:] + [self.eos_id]
+        answers = [chosen[shared:], rejected[shared:]]
+        for answer in answers:
+            while answer and answer[-1] == self.eos_id:                      # the data may write it out
+                answer.pop()
+            answer.append(self.eos_id)
+        return prompt[:shared], *answers
 
-    def encode_answer(self, prompt, answer):
-        """Ids of prompt + answer, without EOS."""
+    def encode_whole(self, prompt, answer):
+        """Ids of prompt + answer, as `encode` gives them."""
         if isinstance(prompt, str):
             return self.encode(prompt + answer)
         start = self.render(prompt, add_generation_prompt=True)

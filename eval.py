@@ -8,8 +8,8 @@
 margin    0.1 * h on held-out pairs (mean, and standard deviation over pairs), whatever beta trained the run:
           against the model the run started from (vs SFT) and against the other player (vs ENV)
 accuracy  share of held-out pairs with h > 0 against the start; in the safe world the true reward labels them
-reward    the safe world's true reward of the answers to held-out prompts, mean
-w/t/l/bad answers against the start's to the same prompts, by true reward; bad: both answers are bad cases
+reward    the safe world's true reward, mean over held-out prompts, of sampled and of greedy answers
+win/tie/lose/bad: sampled answers against the start's to the same prompts, by true reward; bad: both are bad cases
 bad       share of this model's answers that are bad (comply with the harmful, refuse the safe, neither)
 tokens    mean length of the answers, without EOS
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import SafeWorld, Tokenizer, encode_pairs, load_pairs, micro_batches
 from iopo import preference_margin
-from model import Decoder, generate, response_logps
+from model import Decoder, find_device, generate, response_logps
 
 EXAM_PAIRS = 400            # of the safe world
 EXAM_BETA = 0.1             # so that margins of runs trained with different beta compare
@@ -55,7 +55,8 @@ class Run:
             raise ValueError(f"{folder}: the run is not finished; go on with it by train.py --out {folder} --resume")
         if start is None:
             start = folder / "sft" if (folder / "sft").is_dir() else model
-        return cls(str(folder), config, Path(start), folder / "protagonist", folder / "adversary" if adversaries else None)
+        adversary = folder / "adversary" if adversaries else None
+        return cls(str(folder), config, Path(start), folder / "protagonist", adversary)
 
     @property
     def models(self):
@@ -67,124 +68,143 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------
 # What one model does
 
+def load(folder, options):
+    return Decoder.from_pretrained(folder).to(find_device(options.device)), Tokenizer.from_pretrained(folder)
+
+
 @torch.no_grad()
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
-    device = next(model.parameters()).device
     columns = []
     for batch in micro_batches(rows, max_tokens=8192):
-        columns.append(torch.stack(response_logps(model, batch.to(device))).cpu())
+        columns.append(torch.stack(response_logps(model, batch.to(model.device))).cpu())            # (2, B)
         bar.update(len(batch))
-    return torch.cat(columns, dim=1)
+    return torch.cat(columns, dim=1)                                                                # (2, n)
 
 
-def answer(model, tokenizer, prompts, temperature, max_new_tokens, max_length, seed, bar):
-    """Answers (text, tokens) to prompts; prompts that leave no room lose their left side, which is said."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+def fit_prompts(prompts, tokenizer, context, new_tokens):
+    """Prompts to ids that leave room for an answer of new_tokens in the model's context, and a note on what was
+    cut: (ids, new_tokens, note)."""
+    room = max(1, min(new_tokens, context // 2))
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    room = max_length - max_new_tokens
-    if room < 1:
-        raise ValueError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in {max_length} tokens")
-    if long := sum(len(prompt) > room for prompt in ids):
-        tqdm.write(f"{long} of {len(ids)} prompts cut on the left to {room} tokens", file=sys.stderr)
+    cut = sum(len(prompt) > context - room for prompt in ids)
+    note = f"{len(ids)} prompts: answers end at {room} tokens, {cut} prompts cut on the left to {context - room} tokens"
+    return [prompt[room - context:] for prompt in ids], room, note
+
+
+def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
+    """Answers (text, tokens) to prompt ids."""
+    generator = torch.Generator(model.device).manual_seed(seed)
     answers = []
     for first in range(0, len(ids), ROWS_AT_ONCE):
-        rows = [prompt[-room:] for prompt in ids[first:first + ROWS_AT_ONCE]]
-        answers += generate(model, rows, max_new_tokens, temperature, tokenizer.eos_ids, generator)
+        rows = ids[first:first + ROWS_AT_ONCE]
+        answers += generate(model, rows, new_tokens, temperature, tokenizer.eos_ids, generator)
         bar.update(len(rows))
     return [(tokenizer.decode(answer).strip(), len(answer)) for answer in answers]
-
-
-def load(folder, device):
-    return Decoder.from_pretrained(folder).to(device).eval(), Tokenizer.from_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The examination
 
 def examine(runs, options):
-    """A JSON-able report on runs; see the top of the file for what the numbers mean."""
-    on_world = options.data is None and all(run.config["model"] is None for run in runs)
-    if not on_world and options.data is None and len({run.config["data"] for run in runs}) > 1:
-        raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
-    world = SafeWorld()                                            # one examination, whatever seed trained the run
-    if on_world:
-        pairs = world.exam_pairs("test", EXAM_PAIRS)
-        prompts = [str(prompt) for prompt in np.random.default_rng(0).permutation(world.prompts("test"))]
-    else:
-        pairs = load_pairs(options.data) if options.data else load_pairs(runs[0].config["data"], "test")
-        prompts = list({json.dumps(pair.prompt): pair.prompt for pair in pairs if pair.prompt}.values())
-    prompts = prompts[:runs[0].config["eval_prompts"] if options.prompts is None else options.prompts]
-
-    work = [(run, label, folder) for run in runs for label, folder in run.models.items()]
-    results, notes = {}, {}
-    with tqdm(total=len(work) * (len(pairs) + 2 * len(prompts)), unit="text", desc="evaluation") as bar:
-        for run, label, folder in work:
-            model, tokenizer = load(folder, find_device(options.device))
-            length = run.config["max_length"]
-            rows, notes[run.name] = encode_pairs(pairs, tokenizer, length) if pairs else ([], "no held-out pairs")
-            result = results[run.name, label] = {"logps": pair_logps(model, rows, bar) if rows else None}
-            for name, temperature in (("sampled", options.temperature), ("greedy", 0)):
-                result[name] = answer(model, tokenizer, prompts, temperature, options.max_new_tokens, length, options.seed, bar)
-    reports = [report_run(run, {label: results[run.name, label] for label in run.models}, prompts, world if on_world else None)
+    """A JSON-able report on runs; the top of the file says what the numbers mean."""
+    world, name, pairs, prompts = questions(runs, options)
+    limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
+    prompts = prompts[:limit]
+    results, notes = {}, []
+    with tqdm(total=sum(len(run.models) for run in runs) * (len(pairs) + 2 * len(prompts)), desc="evaluation") as bar:
+        for run in runs:
+            for label, folder in run.models.items():
+                model, tokenizer = load(folder, options)
+                rows, note = encode_exam(pairs, tokenizer, run.config["max_length"], required=options.data)
+                ids, length, prompt_note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
+                                                       options.max_new_tokens)
+                notes += [note, prompt_note]
+                results[run.name, label] = {
+                    "logps": pair_logps(model, rows, bar) if rows else None,
+                    "sampled": answer(model, tokenizer, ids, length, options.temperature, options.seed, bar),
+                    "greedy": answer(model, tokenizer, ids, length, 0, options.seed, bar)}
+    reports = [report_run(run, {label: results[run.name, label] for label in run.models}, prompts, world)
                for run in runs]
     for run, report in zip(runs[1:], reports[1:]):
-        report["first_run_against_this"] = compare(results[runs[0].name, "protagonist"]["sampled"],
-                                                   results[run.name, "protagonist"]["sampled"], prompts,
-                                                   world if on_world else None)
-    samples = [{"prompt": prompt, "answers": {f"{run.name} {label}": results[run.name, label]["sampled"][number][0]
-                                              for run, label, _ in work}}
+        report["first_against_this"] = compare(results[runs[0].name, "protagonist"], results[run.name, "protagonist"],
+                                               prompts, world)
+    samples = [{"prompt": prompt,
+                "answers": {" ".join(key): result["sampled"][number][0] for key, result in results.items()}}
                for number, prompt in enumerate(prompts[:SAMPLES_SHOWN])]
-    return {"data": "safe world, test split" if on_world else options.data or f"{runs[0].config['data']}, held-out split",
-            "pairs": {run.name: notes[run.name] for run in runs}, "prompts": len(prompts),
+    return {"data": name, "notes": list(dict.fromkeys(notes)), "prompts": len(prompts), "seed": options.seed,
             "temperature": options.temperature, "runs": reports, "samples": samples}
 
 
+def questions(runs, options):
+    """(the safe world or None, what is examined on, held-out pairs, held-out prompts)."""
+    if options.data is not None:
+        name, pairs = options.data, load_pairs(options.data)
+    elif len({run.config["data"] for run in runs}) > 1:
+        raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
+    elif runs[0].config["data"] is not None:
+        name, pairs = f"{runs[0].config['data']}, held-out prompts", load_pairs(runs[0].config["data"], "test")
+    else:
+        world = SafeWorld()                                        # the same examination whatever seed trained a run
+        prompts = np.random.default_rng(0).permutation(world.prompts("test")).tolist()
+        return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), prompts
+    prompts = {json.dumps(pair.prompt): pair.prompt for pair in pairs if pair.prompt}
+    return None, name, pairs, list(prompts.values())
+
+
+def encode_exam(pairs, tokenizer, max_length, required):
+    """encode_pairs, but a split without a usable pair is no error where the user did not ask for these pairs."""
+    try:
+        return encode_pairs(pairs, tokenizer, max_length)
+    except ValueError as error:
+        if required:
+            raise
+        return [], str(error)
+
+
 def report_run(run, results, prompts, world):
-    """The numbers of a run's protagonist, with those of its other models beside them under "models"."""
+    """The numbers of a run's protagonist, and under "models" those of all its models."""
+    env = {"SFT": "SFT", "protagonist": "adversary" if run.adversary else "SFT", "adversary": "protagonist"}
     models = {}
     for label, result in results.items():
-        other = {"SFT": "SFT", "protagonist": "adversary" if run.adversary else "SFT", "adversary": "protagonist"}[label]
-        models[label] = {**margins("sft", result["logps"], results["SFT"]["logps"]),
-                         **margins("env", result["logps"], results[other]["logps"]),
+        margin, spread, accuracy = margins(result, results["SFT"])
+        margin_env, spread_env, _ = margins(result, results[env[label]])
+        models[label] = {"margin_vs_sft": margin, "margin_vs_sft_std": spread, "margin_vs_env": margin_env,
+                         "margin_vs_env_std": spread_env, "accuracy": None if label == "SFT" else accuracy,
                          **quality(result, prompts, world),
-                         **compare(result["sampled"], results["SFT"]["sampled"], prompts, world)}
+                         **compare(result, results["SFT"], prompts, None if label == "SFT" else world)}
     return {"name": run.name, "method": run.config["method"], "seed": run.config["seed"], **models["protagonist"],
             "models": models}
 
 
-def margins(name, logps, ref_logps):
+def margins(result, reference):
     """Mean and standard deviation of 0.1 * h against a reference, and the share of h > 0."""
-    if logps is None or torch.equal(logps, ref_logps) and name == "sft":
-        zero = None if logps is None else 0.0
-        margin = torch.zeros(0)
-        return {f"margin_vs_{name}": zero, f"margin_vs_{name}_std": zero, "accuracy": None}
-    margin = preference_margin(*logps, *ref_logps, beta=EXAM_BETA)
-    report = {f"margin_vs_{name}": margin.mean().item(), f"margin_vs_{name}_std": margin.std(correction=0).item()}
-    return report | ({"accuracy": (margin > 0).float().mean().item()} if name == "sft" else {})
+    if result["logps"] is None:
+        return None, None, None
+    margin = preference_margin(*result["logps"], *reference["logps"], beta=EXAM_BETA)
+    return margin.mean().item(), margin.std(correction=0).item(), (margin > 0).float().mean().item()
 
 
 def quality(result, prompts, world):
     """Length, and in the safe world true reward and bad cases, of one model's answers."""
-    report = {"tokens": mean(tokens for _, tokens in result["sampled"]), "reward": None, "reward_greedy": None, "bad_rate": None}
-    if world is not None and prompts:
+    report = {"tokens": mean(tokens for _, tokens in result["sampled"]), "reward": None, "reward_greedy": None,
+              "bad_rate": None}
+    if world is not None:
         for name, answers in (("reward", result["sampled"]), ("reward_greedy", result["greedy"])):
             report[name] = mean(world.true_reward(prompt, text) for prompt, (text, _) in zip(prompts, answers))
         report["bad_rate"] = mean(world.is_bad(prompt, text) for prompt, (text, _) in zip(prompts, result["sampled"]))
     return report
 
 
-def compare(answers, others, prompts, world):
-    """win/tie/lose/bad of answers against others to the same prompts, by true reward; they sum to the prompts."""
+def compare(result, other, prompts, world):
+    """win/tie/lose/bad of one model's sampled answers against another's, by true reward; they sum to the prompts."""
     if world is None:                                              # no judge
-        return {"win": None, "tie": None, "lose": None, "bad": None}
-    counts = {"win": 0, "tie": 0, "lose": 0, "bad": 0}
-    for prompt, (ours, _), (theirs, _) in zip(prompts, answers, others):
+        return dict.fromkeys(("win", "tie", "lose", "bad"))
+    counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
+    for prompt, (ours, _), (theirs, _) in zip(prompts, result["sampled"], other["sampled"]):
         advantage = world.true_reward(prompt, ours) - world.true_reward(prompt, theirs)
-        if world.is_bad(prompt, ours) and world.is_bad(prompt, theirs):
-            counts["bad"] += 1
-        else:
-            counts["win" if advantage > 0 else "lose" if advantage < 0 else "tie"] += 1
+        both_bad = world.is_bad(prompt, ours) and world.is_bad(prompt, theirs)
+        counts["bad" if both_bad else "win" if advantage > 0 else "lose" if advantage < 0 else "tie"] += 1
     return counts
 
 
@@ -193,47 +213,44 @@ def mean(numbers):
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def find_device(name):
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # On the screen
 
 def print_report(report):
-    print(f"\n{report['data']}; {report['prompts']} prompts answered at temperature {report['temperature']} and greedily")
-    for note in dict.fromkeys(report["pairs"].values()):
-        print(f"examined: {note}")
-    table = [("model", "margin vs SFT", "margin vs ENV", "accuracy", "reward", "greedy", "w/t/l/bad vs SFT", "bad", "tokens")]
+    print(f"\nexamined on {report['data']}")
+    for note in report["notes"]:
+        print(note)
+    table = [("model", "margin vs SFT", "vs ENV", "accuracy", f"reward T={report['temperature']}", "greedy",
+              "win/tie/lose/bad", "bad", "tokens")]
     for run in report["runs"]:
-        for label, m in run["models"].items():
-            table.append((f"{run['name']} {label}" if len(report["runs"]) > 1 else label,
-                          with_spread(m, "margin_vs_sft"), with_spread(m, "margin_vs_env"), number(m["accuracy"], 3),
-                          number(m["reward"], 2), number(m["reward_greedy"], 2), win_tie_lose(m), number(m["bad_rate"], 2),
-                          number(m["tokens"], 1)))
-    print()
+        for label, model in run["models"].items():
+            table.append((label if len(report["runs"]) == 1 else f"{run['name']} {label}",
+                          show_spread(model, "margin_vs_sft"), show_spread(model, "margin_vs_env"),
+                          show(model["accuracy"], 3), show(model["reward"], 2), show(model["reward_greedy"], 2),
+                          show_counts(model), show(model["bad_rate"], 2), show(model["tokens"], 1)))
     widths = [max(map(len, column)) for column in zip(*table)]
+    print()
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     for run in report["runs"][1:]:
-        against = run["first_run_against_this"]
-        print(f"\n{report['runs'][0]['name']} against {run['name']} (win/tie/lose/bad): {win_tie_lose(against)}", end="")
-    print()
+        print(f"{report['runs'][0]['name']} against {run['name']}, win/tie/lose/bad: "
+              f"{show_counts(run['first_against_this'])}")
     for sample in report["samples"]:
-        print(f"\n{sample['prompt'] if isinstance(sample['prompt'], str) else sample['prompt'][-1]['content']}".rstrip())
+        prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+        print(f"\n{prompt.rstrip()[-200:].lstrip()}")
         for label, text in sample["answers"].items():
             print(f"  {label}: {text}")
 
 
-def number(value, digits):
+def show(value, digits):
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def with_spread(model, name):
+def show_spread(model, name):
     return "-" if model[name] is None else f"{model[name]:.3f} ({model[name + '_std']:.3f})"
 
 
-def win_tie_lose(counts):
+def show_counts(counts):
     return "-" if counts["win"] is None else "/".join(str(counts[name]) for name in ("win", "tie", "lose", "bad"))
 
 
@@ -241,41 +258,58 @@ def converse(runs, options):
     """Every model's answer to one prompt."""
     for run in runs:
         for label, folder in run.models.items():
-            model, tokenizer = load(folder, find_device(options.device))
+            model, tokenizer = load(folder, options)
             prompt = options.prompt
             if run.config["model"] is None:
                 prompt = prompt.rstrip("\n") + "\n"                # how the safe world's prompts end
             elif tokenizer.chat_template is not None:
                 prompt = [{"role": "user", "content": prompt}]
+            ids, length, _ = fit_prompts([prompt], tokenizer, model.config.max_position_embeddings,
+                                         options.max_new_tokens)
             with tqdm(disable=True) as bar:
-                (text, _), = answer(model, tokenizer, [prompt], options.temperature, options.max_new_tokens,
-                                    run.config["max_length"], options.seed, bar)
+                [(text, _)] = answer(model, tokenizer, ids, length, options.temperature, options.seed, bar)
             print(f"{run.name} {label}: {text}")
 
 
-def main(arguments=None):
+def parse_arguments(arguments):
+    def refuse(message):
+        raise ValueError(message)
+
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = refuse
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--data", help="examine on all pairs of this file; else on the runs' own held-out pairs")
+    parser.add_argument("--data", help="examine on all pairs of this file; else on the runs' own held-out prompts")
     parser.add_argument("--sft", help="folder of the model that margins are measured against; else the run's start")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--prompt", metavar="TEXT", help="print every model's answer to this prompt instead")
     parser.add_argument("--prompts", type=int, help="held-out prompts to answer (default: the run's --eval-prompts)")
-    parser.add_argument("--temperature", type=float, help="of the answers (default 0.8, and 0 with --prompt)")
+    parser.add_argument("--temperature", type=float, help="of the sampled answers (default 0.8, with --prompt 0)")
     parser.add_argument("--max-new-tokens", type=int, default=48, help="length limit of an answer (default 48)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default 0)")
     parser.add_argument("--device", default="auto", help="as in train.py (default auto)")
     options = parser.parse_args(arguments)
     if options.temperature is None:
         options.temperature = 0.0 if options.prompt is not None else 0.8
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"--temperature must be finite and at least 0, not {options.temperature}")
+    for flag, value, least in (("--prompts", options.prompts, 0), ("--max-new-tokens", options.max_new_tokens, 1),
+                               ("--seed", options.seed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, not {value}")
+    if options.prompt is not None and (options.json or options.data or options.prompts is not None):
+        raise ValueError("--prompt answers that one prompt; leave out --json, --data and --prompts")
+    return options
+
+
+def main(arguments=None):
     try:
+        options = parse_arguments(arguments)
         runs = [Run.open(folder, options.sft) for folder in options.runs]
         if options.prompt is not None:
-            converse(runs, options)
-            return
+            return converse(runs, options)
         report = examine(runs, options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:                         # a sentence for the user; bugs raise other things
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if options.json:

@@ -222,6 +222,10 @@ class Decoder(nn.Module):
         """Vocabulary projection (..., D) -> (..., V), apart from `hidden` because it is needed at few positions."""
         return F.linear(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
+    @property
+    def device(self):
+        return self.model.embed_tokens.weight.device
+
     @classmethod
     def from_pretrained(cls, folder):
         """Read a Hugging Face folder; weights become float32. ValueError with one sentence where it cannot."""
@@ -234,7 +238,7 @@ class Decoder(nn.Module):
         for path in weight_files(folder):
             try:
                 with safetensors.safe_open(path, framework="pt") as shard:
-                    tensors |= {name: shard.get_tensor(name).float() for name in shard.keys()}
+                    tensors |= {name: shard.get_tensor(name) for name in shard.keys()}
             except (OSError, safetensors.SafetensorError) as error:
                 raise ValueError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from None
         if config.tie_word_embeddings and "lm_head.weight" in tensors:          # some tied checkpoints store it twice
@@ -244,10 +248,12 @@ class Decoder(nn.Module):
             problem = "missing" if name in expected else "not part of this model"
             raise ValueError(f"{folder}: tensor {name} is {problem}")
         for name, shape in expected.items():
+            if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                raise ValueError(f"{folder}: tensor {name} is {tensors[name].dtype}; quantised weights are not read")
             if tensors[name].shape != shape:
                 raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)} "
                                  "as config.json says")
-        model.load_state_dict(tensors, assign=True)
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return model
 
     def save_pretrained(self, folder):
@@ -290,6 +296,17 @@ def causal(attention_mask, T):
     return (attention_mask & earlier | itself)[:, None]                                             # (B, 1, T, T)
 
 
+def find_device(name):
+    """A torch.device by name; "auto" is cuda where there is one, else cpu. ValueError if it is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name} is not to be had here ({str(error).splitlines()[0]})") from None
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Response log-probabilities
 
@@ -321,18 +338,18 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
         raise ValueError("a prompt without tokens cannot be continued")
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
-    weight = model.model.embed_tokens.weight
-    stop = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=weight.device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)               # (B,)
+    device = model.device
+    stop = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)                      # (B,)
     longest = int(lengths.max())
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]                   # all end together
-    ids = torch.tensor(padded, device=weight.device)                                                # (B, T)
-    place = torch.arange(longest + max_new_tokens, device=weight.device)
+    ids = torch.tensor(padded, device=device)                                                       # (B, T)
+    place = torch.arange(longest + max_new_tokens, device=device)
     positions = place - (longest - lengths)[:, None]               # (B, S), negative where there is padding
-    cache = KVCache(model.config, len(prompts), len(place), weight.device, weight.dtype)
+    cache = KVCache(model.config, len(prompts), len(place), device, next(model.parameters()).dtype)
 
     answers = [[] for _ in prompts]
-    alive = torch.arange(len(prompts), device=weight.device)       # which prompt each row of the batch continues
+    alive = torch.arange(len(prompts), device=device)              # which prompt each row of the batch continues
     hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), causal(positions[:, :longest] >= 0, longest), cache)
     for end in range(longest, longest + max_new_tokens):           # `end` tokens are in the cache
         logits = model.head(hidden[:, -1]).float()                                                  # (B, V)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
 from iopo import (ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns)
-from model import Decoder, DecoderConfig, response_logps
+from model import Decoder, DecoderConfig, find_device, response_logps
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ class Config:
     lr: float | None = option(None, "learning rate of both players", above=0)
     batch_size: int = option(32, "pairs per optimiser step", least=1)
     max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2)
-    micro_tokens: int | None = option(8192, "tokens per forward pass, padding included; less memory, same gradient", least=1)
+    micro_tokens: int | None = option(8192, "tokens per forward pass with padding; less memory, same gradient", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
                         choices=("float32", "bfloat16"))
@@ -186,26 +186,16 @@ def prepare(config):
         tokenizer = Tokenizer.from_pretrained(config.model)
         model = Decoder.from_pretrained(config.model)
     if tokenizer.largest_id >= model.config.vocab_size:
-        raise Refused(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the embeddings only "
+        raise ValueError(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the embeddings only "
                       f"{model.config.vocab_size} rows; tokenizer and weights do not belong together")
     context = model.config.max_position_embeddings
     if config.max_length is None:
         config.max_length = min(context, 1024)
     if config.max_length > context:
-        raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
+        raise ValueError(f"--max-length {config.max_length} is more than the model's {context} positions")
     rows, report = encode_pairs(pairs, tokenizer, config.max_length)
     print(f"training pairs: {report}", flush=True)
     return Job(config, model.to(find_device(config.device)), tokenizer, rows)
-
-
-def find_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {name} is not to be had here ({str(error).splitlines()[0]})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -250,9 +240,11 @@ def train(job):
             bar.set_description(f"{player} {iteration}/{config.n_iter}" if iteration else "sft")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
             bar.update()
-            metrics_file.write(json.dumps({"step": step + 1, "iteration": iteration, "player": player, **metrics}) + "\n")
+            metrics = {"step": step + 1, "iteration": iteration, "player": player, **metrics}
+            metrics_file.write(json.dumps(metrics) + "\n")
             if step + 1 == config.sft_steps:                       # both players start at the SFT model
                 players["adversary"].load_state_dict(players["protagonist"].state_dict())
+                optimizers["sft"].state.clear()
                 save_player(out / "sft", players["protagonist"], tokenizer)
             if step + 1 == len(schedule) or config.save_every and (step + 1) % config.save_every == 0:
                 metrics_file.flush()
@@ -276,12 +268,11 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
     The gradient is that of the mean over all rows, in however many micro-batches they come. AGENT and ENV see
     the same micro-batches, so where their weights agree, so do their log-probabilities, to the last bit.
     """
-    device = next(agent.parameters()).device
-    bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    bfloat16 = torch.autocast(agent.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     wanted = inspect.signature(LOSSES[loss]).parameters
     columns = []
     for batch in micro_batches(rows, config.micro_tokens):
-        batch = batch.to(device)
+        batch = batch.to(agent.device)
         with bfloat16:
             logps = response_logps(agent, batch)
             with torch.no_grad():
