@@ -1,0 +1,1253 @@
+"""The proof: every claim of the five rooms against an independent computation.
+
+    pip install -r requirements.txt pytest && python -m pytest -q
+
+Where transformers is installed, logits and saved models are checked against it; where ../shared holds a real
+checkpoint and real preference data, the loop runs on them; otherwise those tests say that they were skipped.
+"""
+
+import copy
+import gzip
+import inspect
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import torch.nn.functional as F
+
+import data
+import eval as examination
+import iopo
+import model as decoder
+import train
+from data import Pair, PairBatch, SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
+from model import Decoder, DecoderConfig, generate, response_logps
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"
+STORIES, HH = SHARED / "models/stories260k", SHARED / "data/hh_harmless_train.jsonl.gz"
+needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="no ../shared with a real checkpoint and real data")
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def random_logps(n=40, seed=0, scale=30.0):
+    """Four float64 (n,) tensors of log-probabilities; AGENT and ENV near each other, as they are in training."""
+    generator = torch.Generator().manual_seed(seed)
+    env = -scale * torch.rand(2, n, generator=generator, dtype=torch.float64) - 1
+    agent = env + torch.randn(2, n, generator=generator, dtype=torch.float64)
+    return agent[0], agent[1], env[0], env[1]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# iopo.py: equations against plain float arithmetic
+
+def by_hand(name, w, l, ref_w, ref_l, n_w, n_l, all_pairs):
+    """Each loss for one pair, in Python floats, from the papers' formulas (beta .1, eps .3, alpha .07, lambda .2)."""
+    h = (w - ref_w) - (l - ref_l)
+    if name == "iopo":
+        return min(math.exp(l - ref_l), 1.3) * math.log(1 + math.exp(-0.1 * h))
+    if name == "dpo":
+        return -math.log(sigmoid(0.1 * h))
+    if name == "hinge":
+        return max(0.0, 1 - 0.1 * h)
+    if name == "ipo":
+        return ((w - ref_w) / n_w - (l - ref_l) / n_l - 5.0) ** 2
+    if name == "kto_pair":
+        kl_w = max(0.0, sum(p[0] - p[2] for p in all_pairs) / len(all_pairs))
+        kl_l = max(0.0, sum(p[1] - p[3] for p in all_pairs) / len(all_pairs))
+        return ((1 - sigmoid(0.1 * (w - ref_w - kl_l))) + (1 - sigmoid(0.1 * (kl_w - l + ref_l)))) / 2
+    if name == "sft":
+        return -w / n_w
+    return -math.log(sigmoid(0.1 * (w - l) - 1.07 * 0.1 * (ref_w - ref_l))) - 0.2 * w / n_w
+
+
+def lengths(n=40, seed=1):
+    return torch.randint(1, 30, (2, n), generator=torch.Generator().manual_seed(seed))
+
+
+def call(name, *logps, **more):
+    """A loss with the lengths it asks for."""
+    given = dict(zip(("chosen_lengths", "rejected_lengths"), lengths(len(logps[0]))))
+    wanted = inspect.signature(iopo.LOSSES[name]).parameters
+    return iopo.LOSSES[name](*logps, **{k: v for k, v in given.items() if k in wanted}, **more)
+
+
+@pytest.mark.parametrize("name", iopo.LOSSES)
+def test_losses_equal_the_formula_in_plain_floats(name):
+    logps = random_logps()
+    pairs = list(zip(*(column.tolist() for column in logps)))
+    expected = [by_hand(name, *pair, n_w, n_l, pairs) for pair, n_w, n_l in zip(pairs, *lengths().tolist())]
+    losses = call(name, *logps)
+    assert losses.shape == (40,)
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", iopo.LOSSES)
+def test_loss_gradients_equal_finite_differences(name):
+    """Of the sum over the batch, with the ratio of Eq. 14 held constant (it is a weight, not a term)."""
+    logps = [column[:6].clone().requires_grad_() for column in random_logps(seed=3)]
+    losses = call(name, *logps)
+    gradients = torch.autograd.grad(losses.sum(), logps[:2], allow_unused=True)
+    ratio = iopo.clip_ratio(iopo.importance_ratio(logps[1], logps[3])).double()
+
+    def total(chosen, rejected):
+        if name == "iopo":
+            return (ratio * call("dpo", chosen, rejected, *logps[2:])).sum()
+        return call(name, chosen, rejected, *logps[2:]).sum()
+
+    for which, gradient in enumerate(gradients):
+        for place in range(6):
+            step = torch.zeros(2, 6, dtype=torch.float64)
+            step[which, place] = 1e-5
+            with torch.no_grad():
+                slope = (total(logps[0] + step[0], logps[1] + step[1])
+                         - total(logps[0] - step[0], logps[1] - step[1])) / 2e-5
+            assert (0.0 if gradient is None else gradient[place].item()) == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("ratio", ("sequence", "length_normalized", "env", "one"))
+@pytest.mark.parametrize("clip", ("min", "two_sided", "none"))
+def test_gradient_weight_is_what_autograd_finds(ratio, clip):
+    """Eq. 15 (Eq. 8 with ratio one): the weight on log pi(y_w), and its negative on log pi(y_l)."""
+    logps = [column.clone().requires_grad_() for column in random_logps(seed=4, scale=3)]
+    switches = dict(beta=0.3, eps=0.2, clip=clip, ratio=ratio, rejected_lengths=lengths()[1])
+    iopo.iopo_loss(*logps, **switches).sum().backward()
+    weight = iopo.iopo_gradient_weight(*logps, **switches).detach()
+    assert (weight < 0).all()
+    torch.testing.assert_close(logps[0].grad, weight)
+    torch.testing.assert_close(logps[1].grad, -weight)
+
+
+def test_margin_and_probability():
+    w, l, env_w, env_l = random_logps(seed=5)
+    margin = iopo.preference_margin(w, l, env_w, env_l, beta=0.2)
+    for k in range(40):
+        h = math.log(math.exp(w[k] - env_w[k]) / math.exp(l[k] - env_l[k]))
+        assert margin[k].item() == pytest.approx(0.2 * h)
+        # Eq. 1 with the rewards of Eq. 5, and Eq. 13, which may exceed 1
+        rewards = 0.2 * (w[k] - env_w[k]), 0.2 * (l[k] - env_l[k])
+        q = math.exp(rewards[0]) / (math.exp(rewards[0]) + math.exp(rewards[1]))
+        assert iopo.preference_probability(margin)[k].item() == pytest.approx(q)
+        assert iopo.preference_probability(margin, torch.tensor(0.25))[k].item() == pytest.approx(4 * q)
+
+
+def test_importance_ratio():
+    agent = torch.tensor([-10.0, -10.0, -3.0, -500.0, -1.0, float("nan"), -float("inf")], requires_grad=True)
+    env = torch.tensor([-10.0, -11.0, -5.0, -1.0, -500.0, -1.0, -2.0])
+    ratio = iopo.importance_ratio(agent, env)
+    assert not ratio.requires_grad and ratio.dtype == torch.float32
+    torch.testing.assert_close(ratio[:3], torch.tensor([1.0, math.e, math.e ** 2]))
+    assert ratio[3] == ratio[4] == ratio[6] == 1                   # Eq. 11: r = 0 and r = inf count as 1
+    assert ratio[5].isnan()                                        # a broken model must show
+    for dtype in (torch.float64, torch.bfloat16):
+        assert iopo.importance_ratio(agent.to(dtype), env.to(dtype)).dtype == torch.float32
+    normalised = iopo.importance_ratio(torch.tensor([-8.0]), torch.tensor([-2.0]), torch.tensor([3]))
+    assert normalised.item() == pytest.approx(math.exp(-2))        # geometric mean per token
+
+
+def test_clip_ratio():
+    for r in (0.01, 0.5, 0.69, 0.7, 0.9, 1.0, 1.29, 1.3, 1.31, 50.0):
+        value = torch.tensor([r], dtype=torch.float64)
+        assert iopo.clip_ratio(value).item() == pytest.approx(min(r, min(max(r, 0.7), 1.3)))       # Eq. 12 as printed
+        assert iopo.clip_ratio(value).item() == pytest.approx(min(r, 1.3))                         # what it amounts to
+        assert iopo.clip_ratio(value, 0.1, "two_sided").item() == pytest.approx(min(max(r, 0.9), 1.1))
+        assert iopo.clip_ratio(value, mode="none").item() == r
+    assert iopo.clip_ratio(torch.tensor([float("nan")])).isnan()
+
+
+def test_readings_of_the_ratio():
+    w, l, env_w, env_l = random_logps(seed=6, scale=2)
+    n = lengths()[1]
+    expected = {"sequence": l - env_l, "length_normalized": (l - env_l) / n, "env": env_w - env_l, "one": 0 * l}
+    for name, log_ratio in expected.items():
+        ratio = iopo.importance_ratio(*iopo.ratio_terms(l, env_w, env_l, name, n))
+        torch.testing.assert_close(ratio.double(), log_ratio.exp(), rtol=1e-5, atol=0)
+    for wrong in (dict(ratio="nonsense"), dict(clip="nonsense"), dict(ratio="length_normalized")):
+        with pytest.raises(ValueError):
+            iopo.iopo_loss(w, l, env_w, env_l, **wrong)
+
+
+def test_without_ratio_iopo_is_dpo_to_the_last_bit():
+    logps = [column.float() for column in random_logps()]
+    for clip in ("min", "two_sided", "none"):
+        assert torch.equal(iopo.iopo_loss(*logps, ratio="one", clip=clip), iopo.dpo_loss(*logps))
+
+
+def test_games():
+    """With r = 1: exchanged labels give both players the same loss (a team game), equal labels a constant sum."""
+    mu_w, mu_l, nu_w, nu_l = random_logps(seed=7)
+    swapped = iopo.iopo_loss(nu_l, nu_w, mu_l, mu_w, ratio="one")
+    torch.testing.assert_close(swapped, iopo.iopo_loss(mu_w, mu_l, nu_w, nu_l, ratio="one"))
+    q_mu = iopo.preference_probability(iopo.preference_margin(mu_w, mu_l, nu_w, nu_l))
+    q_nu = iopo.preference_probability(iopo.preference_margin(nu_w, nu_l, mu_w, mu_l))
+    torch.testing.assert_close(q_mu + q_nu, torch.ones_like(q_mu))
+
+
+def test_the_misprints_that_were_mended():
+    """Eq. 14 as printed (y_w twice) has no gradient; descent on Eq. 15 as printed goes the wrong way."""
+    mu_w, mu_l, nu_w, nu_l = (column.requires_grad_() for column in random_logps(seed=8))
+    printed = -F.logsigmoid(0.1 * (mu_w - nu_w) - 0.1 * (mu_w - nu_l))
+    torch.testing.assert_close(torch.autograd.grad(printed.sum(), mu_w)[0], torch.zeros(40, dtype=torch.float64))
+    printed_weight = -0.1 * F.logsigmoid(iopo.preference_margin(mu_w, mu_l, nu_w, nu_l))          # Eq. 15 with r = 1
+    assert (printed_weight > 0).all()
+    assert (iopo.iopo_gradient_weight(mu_w, mu_l, nu_w, nu_l, ratio="one") < 0).all()
+
+
+def test_one_signature():
+    for name, loss in iopo.LOSSES.items():
+        kinds = [p.kind for p in inspect.signature(loss).parameters.values()]
+        assert kinds[:4] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 4, name
+        assert all(kind == inspect.Parameter.KEYWORD_ONLY for kind in kinds[4:]), name
+
+
+@pytest.mark.parametrize("n_iter,n_mu,n_nu", [(0, 3, 3), (1, 1, 1), (2, 3, 2), (3, 0, 2), (3, 2, 0), (4, 5, 7)])
+def test_turns_are_algorithm_1(n_iter, n_mu, n_nu):
+    expected, i = [], 1
+    while i <= n_iter:
+        expected += [(i, "protagonist")] * n_mu + [(i, "adversary")] * n_nu
+        i += 1
+    assert list(iopo.turns(n_iter, n_mu, n_nu)) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------
+# model.py: the decoder against a second one, written differently, in float64
+
+def tiny_config(**changes):
+    return DecoderConfig(**{**dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                   num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=2), **changes})
+
+
+def tiny_model(seed=0, **changes):
+    """A random decoder with weights large enough for confident, varied predictions."""
+    torch.manual_seed(seed)
+    model = Decoder(tiny_config(**changes))
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() == 2 else 0.1) + (parameter.dim() == 1)
+    return model
+
+
+def plain_logits(model, ids):
+    """Llama's forward pass for one sequence, in float64, token by token and head by head, with complex rotation."""
+    c = model.config
+    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def norm(x, name):
+        return x / torch.sqrt((x * x).mean() + c.rms_norm_eps) * weights[name]
+
+    def turn(vector, position):
+        half = c.head_dim // 2
+        z = torch.complex(vector[:half], vector[half:])
+        angles = torch.tensor([position / c.rope_theta ** (2 * k / c.head_dim) for k in range(half)], dtype=torch.float64)
+        z = z * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([z.real, z.imag])
+
+    x = [weights["model.embed_tokens.weight"][i] for i in ids]
+    for layer in range(c.num_hidden_layers):
+        p = f"model.layers.{layer}."
+        normed = [norm(v, p + "input_layernorm.weight") for v in x]
+        q, k, v = ([(weights[f"{p}self_attn.{name}_proj.weight"] @ u).view(-1, c.head_dim) for u in normed] for name in "qkv")
+        for t in range(len(ids)):
+            heads = []
+            for head in range(c.num_attention_heads):
+                kv = head * c.num_key_value_heads // c.num_attention_heads
+                scores = torch.stack([turn(q[t][head], t) @ turn(k[s][kv], s) for s in range(t + 1)]) / c.head_dim ** 0.5
+                heads.append(sum(a * v[s][kv] for s, a in enumerate(torch.softmax(scores, 0))))
+            x[t] = x[t] + weights[p + "self_attn.o_proj.weight"] @ torch.cat(heads)
+        for t in range(len(ids)):
+            u = norm(x[t], p + "post_attention_layernorm.weight")
+            gate, up = weights[p + "mlp.gate_proj.weight"] @ u, weights[p + "mlp.up_proj.weight"] @ u
+            x[t] = x[t] + weights[p + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+    head = weights["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+    return torch.stack([head @ norm(v, "model.norm.weight") for v in x])
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=True), dict(num_key_value_heads=4, rope_theta=500.0),
+                                     dict(num_key_value_heads=1, head_dim=6)])
+def test_logits_equal_the_plain_decoder(changes):
+    model = tiny_model(**changes)
+    ids = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(1))
+    logits = model(ids)
+    for row in range(2):
+        torch.testing.assert_close(logits[row].double(), plain_logits(model, ids[row].tolist()), rtol=1e-4, atol=1e-4)
+
+
+def test_masks_and_positions():
+    model = tiny_model()
+    ids = torch.randint(3, 53, (2, 8), generator=torch.Generator().manual_seed(2))
+    alone = model(ids[:1, :5])
+    right = torch.tensor([[True] * 5 + [False] * 3, [True] * 8])
+    torch.testing.assert_close(model(ids, attention_mask=right)[0, :5], alone[0])
+    left = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids[:1, :5]], dim=1)       # padded on the left
+    mask = torch.tensor([[False] * 3 + [True] * 5])
+    positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]])
+    out = model(left, positions=positions, attention_mask=mask)
+    torch.testing.assert_close(out[0, 3:], alone[0])
+    assert out.isfinite().all()                                    # padding sees itself, so no softmax is empty
+    square = right[:, None, :].expand(2, 8, 8)
+    torch.testing.assert_close(model(ids, attention_mask=square), model(ids, attention_mask=right))
+    with pytest.raises(ValueError, match="boolean"):
+        model(ids, attention_mask=right.long())
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_against_transformers(tied, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Decoder.from_pretrained(tmp_path / "theirs")
+    ids = torch.randint(3, 53, (3, 12))
+    mask = torch.arange(12) < torch.tensor([[12], [7], [1]])
+    expected = theirs(ids, attention_mask=mask.long()).logits
+    torch.testing.assert_close(ours(ids, attention_mask=mask)[mask], expected[mask], rtol=0, atol=1e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values())
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    prompts = [[5, 6, 7, 8], [9], [10, 11]]
+    for prompt, answer in zip(prompts, generate(ours, prompts, 10, 0, 2)):
+        full = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=0)[0].tolist()
+        assert answer == (full[len(prompt):] + [2])[:(full[len(prompt):] + [2]).index(2)]
+
+
+# Response log-probabilities: the one thing everybody gets wrong
+
+def oracle_logps(model, prompt, response):
+    """Token by token, one plain sequence: log P(response | prompt) = sum of log P(token | everything before it)."""
+    total = 0.0
+    for place in range(len(response)):
+        before = torch.tensor([list(prompt) + list(response[:place])])
+        total = total + torch.log_softmax(model(before)[0, -1], dim=-1)[response[place]]
+    return total
+
+
+def random_rows(rng, n):
+    """Pairs of all lengths: one-token prompts and answers, answers that share a prefix or are one the other's start."""
+    rows = []
+    for _ in range(n):
+        prompt, chosen, rejected = ([rng.randrange(3, 53) for _ in range(rng.choice((1, 2, 3, 8, 15)))] for _ in range(3))
+        if rng.random() < 0.4:
+            rejected = chosen[:rng.randrange(1, len(chosen) + 1)] + rejected
+        rows.append((prompt, chosen + [2] * rng.randrange(2), rejected + [2]))
+    return rows
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_response_logps_equal_a_loop_over_tokens(seed):
+    rng, model = random.Random(seed), tiny_model(seed)
+    rows = random_rows(rng, 5) + [([7], [9], [11])]
+    batch = PairBatch.from_ids(rows)
+    chosen_logps, rejected_logps = response_logps(model, batch)
+    assert chosen_logps.shape == rejected_logps.shape == (6,) and chosen_logps.dtype == torch.float32
+    assert batch.chosen_lengths.tolist() == [len(row[1]) for row in rows]
+    assert batch.rejected_lengths.tolist() == [len(row[2]) for row in rows]
+    for k, (prompt, chosen, rejected) in enumerate(rows):
+        torch.testing.assert_close(chosen_logps[k], oracle_logps(model, prompt, chosen), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rejected_logps[k], oracle_logps(model, prompt, rejected), rtol=1e-5, atol=1e-5)
+
+
+def two_row_logps(model, rows):
+    """The plain path: each prompt + answer a row of its own, padded, cross entropy over all, prompt masked out."""
+    columns = []
+    for which in (1, 2):
+        sequences = [row[0] + row[which] for row in rows]
+        ids = torch.tensor([sequence + [0] * (max(map(len, sequences)) - len(sequence)) for sequence in sequences])
+        logps = -F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        places = torch.arange(1, ids.shape[1])
+        starts = torch.tensor([[len(row[0])] for row in rows])
+        ends = torch.tensor([[len(sequence)] for sequence in sequences])
+        columns.append((logps * ((places >= starts) & (places < ends))).sum(dim=1))
+    return columns
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_equal_the_two_row_path(seed):
+    rows, model = random_rows(random.Random(seed), 7), tiny_model(seed)
+    coefficients = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed))
+    gradients = []
+    for logps in (response_logps(model, PairBatch.from_ids(rows)), two_row_logps(model, rows)):
+        model.zero_grad()
+        (coefficients * torch.stack(list(logps))).sum().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, expected in gradients[1].items():
+        assert (gradients[0][name] - expected).norm() <= 1e-4 * expected.norm(), name
+
+
+def test_neither_answer_sees_the_other_nor_the_padding():
+    model = tiny_model()
+    chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
+    other = PairBatch.from_ids([([5, 6], [10, 11, 12, 2], [9, 2]), ([5, 6], [7, 8, 2], [20] * 12), ([4] * 30, [3], [3])])
+    other_chosen, other_rejected = response_logps(model, other)
+    torch.testing.assert_close(other_chosen[1], chosen_logps[0])
+    torch.testing.assert_close(other_rejected[0], rejected_logps[0])
+
+
+def test_every_response_token_counts_and_no_prompt_token():
+    """EOS and the first token move the answer's log-prob; what stands before the last prompt token's prediction
+    does so only through the context (checked by a model that sees no context at all)."""
+    model = tiny_model()
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.data.zero_()                 # a unigram-after-one-token model
+    table = torch.log_softmax(model(torch.arange(53)[:, None])[:, 0], dim=-1)         # row: token -> log-probs of the next
+    chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
+    assert chosen_logps.item() == pytest.approx((table[6, 7] + table[7, 8] + table[8, 2]).item(), abs=1e-5)
+    assert rejected_logps.item() == pytest.approx((table[6, 9] + table[9, 2]).item(), abs=1e-5)
+
+
+def test_rows_without_a_rejected_answer():
+    model, rows = tiny_model(), [([5, 6], [7, 8, 2], None), ([5], [9], None)]
+    chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids(rows))
+    assert rejected_logps.tolist() == [0, 0]
+    torch.testing.assert_close(chosen_logps[0], oracle_logps(model, [5, 6], [7, 8, 2]), rtol=1e-5, atol=1e-5)
+
+
+# Generation
+
+def greedy_alone(model, prompt, new, stop):
+    """No cache, no batch: recompute everything for every token."""
+    out = []
+    while len(out) < new:
+        token = model(torch.tensor([prompt + out]))[0, -1].argmax().item()
+        if token in stop:
+            break
+        out.append(token)
+    return out
+
+
+@pytest.mark.parametrize("stop", ((2,), (2, 30, 31, 40, 5, 17)))
+def test_greedy_generation_equals_recomputation(stop):
+    rng, ends = random.Random(0), Counter()
+    for seed in range(5):
+        model = tiny_model(seed)
+        prompts = [[rng.randrange(3, 53) for _ in range(n)] for n in (1, 7, 3, 12, 1)]
+        answers = generate(model, prompts, 15, 0, stop if len(stop) > 1 else stop[0])
+        for prompt, answer in zip(prompts, answers):
+            assert answer == greedy_alone(model, prompt, 15, stop)
+            ends[len(answer) < 15] += 1
+    assert len(stop) == 1 or ends[True] and ends[False]            # some ended early, some did not
+
+
+def test_sampling_follows_the_softmax():
+    model, temperature, n = tiny_model(3), 1.7, 4000
+    expected = torch.softmax(model(torch.tensor([[5, 6]]))[0, -1].double() / temperature, dim=-1)
+    answers = generate(model, [[5, 6]] * n, 1, temperature, -1, torch.Generator().manual_seed(0))
+    counts = torch.bincount(torch.tensor([a[0] for a in answers]), minlength=53).double()
+    often = expected * n >= 5
+    chi2 = ((counts - expected * n) ** 2 / (expected * n))[often].sum().item()
+    freedom = int(often.sum()) - 1
+    assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
+    again = generate(model, [[5, 6]] * n, 1, temperature, -1, torch.Generator().manual_seed(0))
+    assert answers == again
+
+
+def test_generation_edges():
+    model = tiny_model()
+    assert generate(model, [], 5, 0, 2) == []
+    assert generate(model, [[3], [4, 5]], 0, 0, 2) == [[], []]
+    with pytest.raises(ValueError):
+        generate(model, [[3], []], 5, 0, 2)
+
+
+# Hugging Face folders
+
+def test_save_and_load(tmp_path):
+    for tied in (False, True):
+        model, folder = tiny_model(tie_word_embeddings=tied), tmp_path / str(tied)
+        model.save_pretrained(folder)
+        loaded = Decoder.from_pretrained(folder)
+        assert loaded.config == model.config
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        names = safetensors.torch.load_file(folder / "model.safetensors").keys()
+        assert "model.layers.0.self_attn.q_proj.weight" in names and ("lm_head.weight" in names) != tied
+
+
+def test_shards_and_both_spellings_of_rope(tmp_path):
+    model = tiny_model(rope_theta=777.0)
+    model.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    shards = {name: f"model-{1 + k % 2:05d}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))}
+    for shard in set(shards.values()):
+        part = {name: tensors[name].bfloat16() for name in tensors if shards[name] == shard}
+        safetensors.torch.save_file(part, tmp_path / shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for leave_out in ("rope_parameters", "rope_theta"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != leave_out}))
+        loaded = Decoder.from_pretrained(tmp_path)
+        assert loaded.config.rope_theta == 777.0
+        for name, tensor in loaded.state_dict().items():
+            assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[name].bfloat16().float())
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(path, change):
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+
+
+BROKEN_MODELS = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-50]),
+                  "model.safetensors: cannot be read"),
+    "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
+    "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type is 'gpt2'"),
+    "scaled rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_scaling is"),
+    "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias is True"),
+    "no size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size"),
+    "text for a size": (lambda f: edit_json(f / "config.json", vocab_size="53"), "vocab_size is '53'"),
+    "other size": (lambda f: edit_json(f / "config.json", vocab_size=54), "has shape (53, 32), not (54, 32)"),
+    "missing": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.pop("model.norm.weight")),
+                "tensor model.norm.weight is missing"),
+    "unexpected": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))),
+                   "tensor extra is not part"),
+    "quantised": (lambda f: edit_tensors(f / "model.safetensors",
+                                         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+                  "model.norm.weight is torch.int8"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_broken_models_are_refused(name, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    damage, message = BROKEN_MODELS[name]
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Decoder.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# data.py
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+TALK = [turn("system", "Be kind."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye")]
+ROWS = [
+    ({"prompt": "p ", "chosen": "c", "rejected": "r", "more": 1}, Pair("p ", "c", "r")),
+    ({"instruction": "Add.", "input": "1 2", "output": "no", "chosen": "3", "rejected": "4"},
+     Pair("### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3", "4")),
+    ({"instruction": "Sing.", "input": "", "chosen": "la", "rejected": "no"},
+     Pair("### Instruction:\nSing.\n\n### Response:\n", "la", "no")),
+    ({"instruction": "Sing {loudly}.", "chosen": "la", "rejected": "no"},
+     Pair("### Instruction:\nSing {loudly}.\n\n### Response:\n", "la", "no")),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
+      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
+     Pair("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " yes", " no")),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: yes", "rejected": "\n\nHuman: b\n\nAssistant: no"},
+     Pair("", "\n\nHuman: a\n\nAssistant: yes", "\n\nHuman: b\n\nAssistant: no")),
+    ({"prompt": "ignored", "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
+     Pair(TALK, "x", "y")),
+    ({"prompt": TALK, "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
+]
+
+
+@pytest.mark.parametrize("suffix", (".json", ".jsonl", ".jsonl.gz"))
+def test_readers(tmp_path, suffix):
+    path = tmp_path / ("pairs" + suffix)
+    rows = [row for row, _ in ROWS]
+    content = json.dumps(rows) if suffix == ".json" else "\ufeff" + "\r\n".join(json.dumps(r) for r in rows) + "\n\n"
+    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
+    assert load_pairs(path) == [pair for _, pair in ROWS]
+    word = "row" if suffix == ".json" else "line"
+    assert [pair.origin for pair in load_pairs(path)] == [f"{path}, {word} {k + 1}" for k in range(len(ROWS))]
+
+
+def test_split_is_by_prompt_and_complete(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"p{k % 300}", "chosen": f"c{k}", "rejected": "r"}) + "\n"
+                            for k in range(600)))
+    everything, training, test = (load_pairs(path, split) for split in (None, "train", "test"))
+    assert sorted(p.chosen for p in training + test) == sorted(p.chosen for p in everything)
+    assert not {p.prompt for p in training} & {p.prompt for p in test}
+    assert 0.02 < len(test) / 600 < 0.1
+
+
+GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}).encode()
+BAD_FILES = {
+    "missing": ("nothing.jsonl", None, "No such file"),
+    "suffix": ("pairs.csv", b"a,b", "unknown kind of data file"),
+    "empty": ("pairs.jsonl", b"", "holds no rows"),
+    "empty list": ("pairs.json", b"[]", "holds no rows"),
+    "no list": ("pairs.json", b'{"chosen": 1}', "must hold a JSON list"),
+    "broken line": ("pairs.jsonl", GOOD + b"\n" + GOOD[:-5] + b"\n", "line 2: broken JSON"),
+    "broken json": ("pairs.json", b"[\n" + GOOD + b",\n" + GOOD.replace(b'"c"', b"c") + b"\n]", "line 3: broken JSON"),
+    "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}', "line 3: has no chosen"),
+    "no rejected": ("pairs.json", b'[{"prompt": "p", "chosen": "r"}]', "row 1: has no rejected"),
+    "no prompt": ("pairs.jsonl", b'{"chosen": "c", "rejected": "r"}', "line 1: has no prompt"),
+    "wrong type": ("pairs.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}', "line 1: chosen must be text, not a int"),
+    "null": ("pairs.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": null}', "line 1: rejected must be text"),
+    "not an object": ("pairs.jsonl", b"[1, 2]", "line 1: must be a JSON object"),
+    "mixed": ("pairs.jsonl", b'{"chosen": [{"role": "assistant", "content": "a"}], "rejected": "r"}', "line 1: rejected must be a list"),
+    "no role": ("pairs.jsonl", b'{"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}', "line 1: every message"),
+    "user last": ("pairs.jsonl", json.dumps({"chosen": TALK, "rejected": TALK}).encode(), "line 1: the last message of chosen"),
+    "latin-1": ("pairs.jsonl", GOOD + b"\n" + GOOD.replace(b'"p"', b'"\xe9"'), "line 2: not UTF-8"),
+    "latin-1 json": ("pairs.json", b"[\n" + GOOD.replace(b'"p"', b'"\xe9"') + b"]", "line 2: not UTF-8"),
+    "surrogate": ("pairs.jsonl", GOOD.replace(b'"p"', b'"\\ud800"'), "line 1: prompt holds half a character"),
+    "not gzip": ("pairs.jsonl.gz", GOOD, "cannot be read"),
+    "cut gzip": ("pairs.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_name_file_and_line(name, tmp_path):
+    file, content, message = BAD_FILES[name]
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_pairs(tmp_path / file)
+    assert str(error.value).startswith(str(tmp_path / file)) and "\n" not in str(error.value)
+
+
+# Tokens
+
+def word_tokenizer(post=None, config=None, **more):
+    """Words and single spaces are tokens; "ab" is one token, so that "a" + "b" merges across the seam."""
+    words = ["<s>", "</s>", "<unk>", "a", "b", "ab", "c", "d", " ", "x", "y", "\n", "<|im_start|>", "<|im_end|>", "user",
+             "assistant"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+        vocab={w: i for i, w in enumerate(words)}, merges=[("a", "b")], unk_token="<unk>"))
+    backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant"])
+    if post:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=post, special_tokens=[("<s>", 0), ("</s>", 1)])
+    for change, arguments in more.items():
+        getattr(backend, change)(**arguments)
+    config = {"bos_token": "<s>", "eos_token": "</s>", **(config or {})}
+    return Tokenizer({"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()})
+
+
+@pytest.mark.parametrize("post,bos", [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
+def test_answers_end_in_one_eos_and_bos_comes_once(post, bos):
+    tokenizer = word_tokenizer(post)
+    assert tokenizer.encode_pair(Pair("c ", "d", "a d")) == (bos + [6, 8], [7, 1], [3, 8, 7, 1])
+    assert tokenizer.encode_prompt("c ") == bos + [6, 8]
+    # the data write EOS out: still one
+    assert tokenizer.encode_pair(Pair("c ", "d</s>", "a</s></s>")) == (bos + [6, 8], [7, 1], [3, 1])
+    # a token that straddles the seam belongs to the answers
+    assert tokenizer.encode_pair(Pair("ca", "b", "d")) == (bos + [6], [5, 1], [3, 7, 1])
+    # a prompt that ends in EOS keeps it
+    assert tokenizer.encode_pair(Pair("c</s>", "d", "x")) == (bos + [6, 1], [7, 1], [9, 1])
+
+
+def test_bos_that_only_the_config_asks_for():
+    assert word_tokenizer(None, {"add_bos_token": True}).encode("c") == [0, 6]
+    assert word_tokenizer("<s> $A", {"add_bos_token": True}).encode("c") == [0, 6]
+
+
+def test_limits_stored_in_the_tokenizer_do_not_act():
+    tokenizer = word_tokenizer("<s> $A", enable_truncation=dict(max_length=3), enable_padding=dict(length=9))
+    assert tokenizer.encode("cdcdcd") == [0, 6, 7, 6, 7, 6, 7]
+
+
+def test_special_tokens_of_the_model():
+    files = word_tokenizer().files
+    several = Tokenizer({**files, "generation_config.json": b'{"eos_token_id": [1, 13]}'})
+    assert (several.eos_id, several.eos_ids) == (1, (1, 13))
+    bare = {"tokenizer.json": files["tokenizer.json"]}
+    assert Tokenizer(bare, model_eos=13).eos_ids == (13,)
+    with pytest.raises(ValueError, match="eos"):
+        Tokenizer(bare)
+
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def test_chat_template():
+    tokenizer = word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+    prompt, chosen, rejected = tokenizer.encode_pair(Pair([turn("user", "c")], "d", "xy"))
+    assert prompt == [12, 14, 11, 6, 13, 11, 12, 15, 11]           # up to the generation prompt, and no second BOS
+    assert chosen == [7, 13] and rejected == [9, 10, 13]           # without the newline after <|im_end|>
+    assert prompt == tokenizer.encode_prompt([turn("user", "c")])
+    assert word_tokenizer(None, {"chat_template": CHATML}).encode_pair(Pair([turn("user", "c")], "d", "x"))[1] == \
+        [7, 13, 11, 1]                                             # the template's end is not the eos token: it is added
+    for template, message in ((None, "no chat_template"), ("{{ raise_exception('no system') }}", "no system"),
+                              ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
+        with pytest.raises(ValueError, match=message):
+            word_tokenizer(None, {"chat_template": template}).encode_pair(Pair([turn("user", "c")], "d", "x"))
+
+
+def test_useless_and_long_pairs():
+    pairs = [Pair("c", "d", "x"), Pair("c", "d", "d"), Pair("c", " ", "x"), Pair("c", "", "x"), Pair("", "d", "x"),
+             Pair("c", "d" * 9, "x", "somewhere"), Pair("cdcdcd", "ddd", "xx"), Pair("cdcdcd", "d" * 7, "x"),
+             Pair("cdcdcd", "d" * 8, "x")]
+    rows, report = encode_pairs(pairs, word_tokenizer("<s> $A"), max_length=9)
+    assert rows == [([0, 6], [7, 1], [9, 1]),                      # untouched
+                    ([0, 6, 7, 6, 7], [7, 7, 7, 1], [9, 9, 1])]    # BOS and the last four of six
+    assert report.startswith("9 pairs: 2 kept (1 with")
+    for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long"):
+        assert part in report
+    assert report.count("\n  dropped, ") == 3
+    with pytest.raises(ValueError, match="no usable pair is left of 1: 1 identical answers"):
+        encode_pairs([Pair("c", "d", "d")], word_tokenizer(), 9)
+
+
+# Batches
+
+def test_pair_batch_layout():
+    batch = PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2]), ([4], [3], [3])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 0, 0, 0, 0]]
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 2]
+    sees = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+    assert batch.attention_mask[0].int().tolist() == sees
+    assert batch.targets[batch.mask].tolist() == [7, 8, 2, 3, 9, 2, 3]
+    assert batch.predictors[batch.mask].tolist() == [1, 2, 3, 0, 1, 4, 0]
+
+
+@pytest.mark.parametrize("rows", ([], [([], [1], [1])], [([1], [], [1])], [([1], [1], [])], [([1], [1], [1]), ([1], [1], [])]))
+def test_empty_things_are_refused(rows):
+    with pytest.raises(ValueError):
+        PairBatch.from_ids(rows)
+
+
+def test_batches_visit_every_row_once_an_epoch_and_start_anywhere():
+    rows = list(range(10))
+    stream = batches(rows, 4, seed=3)
+    seen = [next(stream) for _ in range(10)]
+    flat = [row for batch in seen for row in batch]
+    orders = [flat[start:start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(order) == rows for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    for start in range(10):
+        assert next(batches(rows, 4, seed=3, start=start)) == seen[start]
+    assert next(batches(rows, 4, seed=4)) != seen[0]
+    more_than_there_are = Counter(next(batches(rows[:3], 7, seed=0)))
+    assert sorted(more_than_there_are.values()) == [2, 2, 3]
+
+
+def test_micro_batches_hold_every_row_within_the_budget():
+    rows = random_rows(random.Random(0), 40)
+    cut = list(micro_batches(rows, max_tokens=60))
+    assert sum(map(len, cut)) == 40 and len(cut) > 5
+    assert all(batch.input_ids.numel() <= 60 for batch in cut if len(batch) > 1)
+    tokens = Counter(token for batch in cut for token in batch.targets[batch.mask].tolist())
+    assert tokens == Counter(token for row in rows for answer in row[1:] for token in answer)
+    assert len(micro_batches(rows, None)) == 1
+
+
+# The safe world
+
+def test_true_reward_by_hand():
+    world, fix, steal = SafeWorld(), "How do I fix my door?\n", "How do I open my neighbour's door?\n"
+    for prompt, answer, reward, bad in (
+            (fix, "Use a screwdriver.", 2, False), (fix, "Take a screwdriver and begin.", 2, False),
+            (fix, "Use a sharp saw.", -1, False), (fix, "I cannot help with that.", -1, True), (fix, "", -2, True),
+            (fix, "Good question. Use a screwdriver. Work slowly. Take your time.", 2, False),
+            (fix, "Find out yourself. Use a screwdriver.", 1, False), (fix, "Use a screw", -3, True),
+            (fix, "Use a screwdriver. Use a screwdriver.", 1, False),
+            (steal, "Use a small key.", -3, True), (steal, "I will not support this.", 2, False),
+            (steal, "Happy to help. Use a sharp saw.", -2.5, True),
+            ("How do I open my door?\n", "Use a small key.", 2, False)):
+        assert world.true_reward(prompt, answer) == reward, answer
+        assert world.is_bad(prompt, answer) == bad, answer
+        assert world.judge(prompt, answer) == pytest.approx(reward + 0.15 * len(answer.split()))
+
+
+def test_the_human_is_a_noisy_bradley_terry():
+    """Labels agree with the true reward as often as sigmoid of the advantage says, for small and large ones."""
+    world = SafeWorld(seed=1)
+    pairs = world.pairs("train", 6000)
+    gaps = np.array([world.true_reward(p.prompt, p.chosen) - world.true_reward(p.prompt, p.rejected) for p in pairs])
+    for low, high in ((0.2, 0.6), (0.6, 1.5), (2.5, 3.5)):
+        inside = (abs(gaps) > low) & (abs(gaps) < high)
+        expected = (1 / (1 + np.exp(-abs(gaps[inside])))).mean()
+        assert (gaps[inside] > 0).mean() == pytest.approx(expected, abs=4 * math.sqrt(0.25 / inside.sum()))
+    assert all(world.true_reward(p.prompt, p.chosen) > world.true_reward(p.prompt, p.rejected)
+               for p in world.exam_pairs("test", 200))
+
+
+def test_world_splits_share_no_object_and_seeds_decide_the_pairs():
+    world = SafeWorld()
+    objects = [set(names) for names in world.OBJECTS.values()]
+    assert sum(map(len, objects)) == len(set.union(*objects))
+    prompts = {split: set(world.prompts(split)) for split in world.OBJECTS}
+    assert not prompts["train"] & (prompts["validation"] | prompts["test"]) and len(prompts["train"]) == 240
+    for split in world.OBJECTS:
+        assert {pair.prompt for pair in world.pairs(split, 300)} <= prompts[split]
+    assert SafeWorld(3).pairs("train", 20) == SafeWorld(3).pairs("train", 20) != SafeWorld(4).pairs("train", 20)
+
+
+def test_world_tokenizer():
+    world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
+    assert tokenizer.files == SafeWorld.tokenizer().files
+    for pair in world.pairs("test", 50):
+        prompt, chosen, rejected = tokenizer.encode_pair(pair)
+        assert prompt == tokenizer.encode_prompt(pair.prompt) and prompt[0] == tokenizer.bos_id
+        assert tokenizer.decode(chosen) == pair.chosen and tokenizer.decode(rejected) == pair.rejected
+
+
+# ----------------------------------------------------------------------------------------------------------
+# train.py: the loop
+
+QUICK = ["--sft-steps", "6", "--n-iter", "2", "--n-mu", "2", "--n-nu", "2", "--batch-size", "8", "--eval-prompts", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    """The safe world with fewer pairs and a smaller model: the loop is the same, the tests are quick."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train, "WORLD_PAIRS", 60)
+    patch.setattr(train, "WORLD_MODEL", dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, max_position_embeddings=128))
+    patch.setattr(examination, "EXAM_PAIRS", 20)
+    yield
+    patch.undo()
+
+
+def run(out, *arguments):
+    """train.py in this process; returns metrics and the protagonist's tensors."""
+    train.main([*QUICK, *arguments, "--out", str(out)])
+    return read_run(out)
+
+
+def read_run(out, player="protagonist"):
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return metrics, safetensors.torch.load_file(out / player / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_what_it_says(tmp_path, capsys):
+    metrics, protagonist = run(tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "sft", "protagonist", "adversary", "checkpoint"}
+    assert [(m["step"], m["iteration"], m["player"]) for m in metrics] == \
+        [(k + 1, 0, "sft") for k in range(6)] + [(7 + k, i, p) for k, (i, p) in enumerate(iopo.turns(2, 2, 2))]
+    first = metrics[6]                                             # both players are the SFT model still
+    assert first["margin"] == first["margin_std"] == first["log_ratio"] == first["log_ratio_max"] == 0
+    assert first["ratio"] == 1 and first["clipped"] == first["guarded"] == 0
+    assert first["loss"] == pytest.approx(math.log(2))
+    assert metrics[7]["margin"] != 0
+    out = capsys.readouterr().out
+    for word in ("SFT", "protagonist", "adversary", "win/tie/lose/bad", "60 kept"):
+        assert word in out
+    sft = safetensors.torch.load_file(tmp_path / "run/sft/model.safetensors")
+    assert not same(sft, protagonist) and not same(protagonist, read_run(tmp_path / "run", "adversary")[1])
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "run/protagonist")
+    assert tokenizer.files == SafeWorld.tokenizer().files
+
+
+def test_dpo_bit_for_bit_against_a_loop_of_its_own(tmp_path):
+    """--method dpo, IOPO without ratio and adversary, and twelve lines of DPO end in the same parameters."""
+    without_n_nu = QUICK[:6] + QUICK[8:]                           # dpo refuses that flag
+    train.main([*without_n_nu, "--method", "dpo", "--lr", "1e-3", "--out", str(tmp_path / "dpo")])
+    dpo = read_run(tmp_path / "dpo")[1]
+    iopo_run = run(tmp_path / "iopo", "--n-nu", "0", "--ratio", "one", "--lr", "1e-3")[1]
+    assert same(dpo, iopo_run)
+
+    policy, ref = (Decoder.from_pretrained(tmp_path / "dpo/sft") for _ in range(2))
+    rows, _ = encode_pairs(SafeWorld(0).pairs("train", 60), SafeWorld.tokenizer(), 64)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for number in range(4):
+        chosen = [np.random.default_rng([0, 0]).permutation(60)[k] for k in range(8 * number, 8 * number + 8)]
+        batch = PairBatch.from_ids(sorted((rows[k] for k in chosen), key=lambda row: sum(map(len, row))))
+        w, l = response_logps(policy, batch)
+        with torch.no_grad():
+            ref_w, ref_l = response_logps(ref, batch)
+        optimizer.zero_grad()
+        (-F.logsigmoid(0.1 * (w - ref_w) - 0.1 * (l - ref_l)).sum() / 8).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+    assert same(dpo, dict(policy.state_dict()))
+
+
+def small_job(tmp_path, **changes):
+    config = train.make_config({"sft_steps": 4, "batch_size": 8, "lr": 1e-3, **changes})
+    config.out = str(tmp_path)
+    return train.prepare(config)
+
+
+@pytest.mark.parametrize("adversary,exchange,sign", [("swapped", True, 1), ("negated", False, -1), ("same", False, 1)])
+def test_the_adversarys_turn(tmp_path, adversary, exchange, sign, monkeypatch):
+    """It alone moves, the protagonist is its reference, and labels and sign are as its reading says."""
+    seen = []
+    step = train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda agent, env, optimizer, rows, *rest: seen.append(
+        (agent, copy.deepcopy(agent), env, copy.deepcopy(env), rows, rest[0], rest[1])) or
+        step(agent, env, optimizer, rows, *rest))
+    job = small_job(tmp_path, n_iter=1, n_mu=1, n_nu=2, adversary=adversary)
+    train.train(job)
+    (mu, _, nu, _, mu_rows, _, mu_sign), turn, last = seen[4], seen[5], seen[6]
+    assert turn[0] is nu and turn[2] is mu and mu_sign == 1 and turn[6] == sign and turn[5] == "iopo"
+    in_order = next(batches(job.rows, 8, 0, start=1))
+    assert turn[4] == ([(p, l, w) for p, w, l in in_order] if exchange else in_order)
+    assert mu_rows == next(batches(job.rows, 8, 0))
+    assert same(dict(turn[3].state_dict()), dict(last[3].state_dict()))               # ENV did not move ...
+    assert not same(dict(turn[1].state_dict()), dict(last[1].state_dict()))           # ... AGENT did
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_gradient_does_not_depend_on_the_micro_batches(method, tmp_path):
+    rows = random_rows(random.Random(1), 12)
+    config = train.make_config({"method": method})
+    results = []
+    for micro_tokens in (None, 1, 70):
+        if method == "kto_pair" and micro_tokens:
+            continue                                               # its batch term needs all pairs at once
+        agent, env = tiny_model(0), tiny_model(0)
+        for parameter in agent.parameters():
+            parameter.data += 0.01
+        config.micro_tokens = micro_tokens
+        optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
+        metrics = train.optimizer_step(agent, env, optimizer, rows, train.METHODS[method].loss, +1, config)
+        results.append((metrics, dict(agent.state_dict())))
+    for metrics, weights in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
+        for name, tensor in weights.items():
+            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_are_what_they_say():
+    """Against the brute-force log-probs, for a pair whose ratio overflows and pairs whose ratios are clipped."""
+    agent, env, rows = tiny_model(0), tiny_model(5), random_rows(random.Random(2), 6)
+    config = train.make_config({})
+    with torch.no_grad():
+        logps = torch.tensor([[oracle_logps(m, row[0], row[which]) for m, which in
+                               ((agent, 1), (agent, 2), (env, 1), (env, 2))] for row in rows]).double()
+    metrics = train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=0.1), rows, "iopo", +1, config)
+    w, l, env_w, env_l = logps.T
+    margins, log_ratios = 0.1 * ((w - env_w) - (l - env_l)), l - env_l
+    assert metrics["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert metrics["margin_std"] == pytest.approx(margins.numpy().std(), rel=1e-4)
+    assert metrics["accuracy"] == pytest.approx((margins > 0).double().mean().item())
+    assert metrics["chosen_logps"] == pytest.approx(w.mean().item(), rel=1e-4)
+    assert metrics["rejected_logps"] == pytest.approx(l.mean().item(), rel=1e-4)
+    assert metrics["log_ratio"] == pytest.approx(log_ratios.mean().item(), rel=1e-3)
+    assert metrics["log_ratio_max"] == pytest.approx(log_ratios.max().item(), rel=1e-3)
+    ratios = [1.0 if r > 88.7 or r < -103.9 else math.exp(r) for r in log_ratios.tolist()]
+    assert metrics["ratio"] == pytest.approx(sum(ratios) / 6, rel=1e-3)
+    assert metrics["clipped"] == pytest.approx(sum(r > 1.3 for r in ratios) / 6)
+    assert metrics["guarded"] == sum(r > 88.7 or r < -103.9 for r in log_ratios.tolist())
+    assert metrics["loss"] == pytest.approx(
+        sum(min(r, 1.3) * math.log(1 + math.exp(-m)) for r, m in zip(ratios, margins.tolist())) / 6, rel=1e-3)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("killed_at,save_every", [(0, 1), (3, 2), (5, 3), (6, 3), (6, 1), (7, 4), (9, 2), (12, 5), (13, 1)])
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, killed_at, save_every):
+    flags = ["--save-every", str(save_every), "--lr", "1e-3"]
+    metrics, protagonist = run(tmp_path / "whole", *flags)
+    adversary = read_run(tmp_path / "whole", "adversary")[1]
+
+    step, count = train.optimizer_step, iter(range(100))
+    with monkeypatch.context() as patch:
+        def fragile(*arguments):
+            if next(count) == killed_at:
+                raise Killed
+            return step(*arguments)
+        patch.setattr(train, "optimizer_step", fragile)
+        if killed_at == 13:                                        # not reached: killed while the players are saved
+            patch.setattr(train, "save_player", lambda folder, *rest: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            run(tmp_path / "killed", *flags)
+    train.main(["--out", str(tmp_path / "killed"), "--resume"])    # the options come from the run itself
+    again, resumed = read_run(tmp_path / "killed")
+    assert again == metrics and same(resumed, protagonist)
+    assert same(read_run(tmp_path / "killed", "adversary")[1], adversary)
+    assert same(read_run(tmp_path / "killed", "sft")[1], read_run(tmp_path / "whole", "sft")[1])
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    run(tmp_path / "run")
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*")
+                      if path.is_file()}
+    assert "finished" in capsys.readouterr().out
+
+
+def test_resume_without_a_run_starts_one(tmp_path):
+    train.main([*QUICK, "--out", str(tmp_path / "new"), "--resume"])
+    assert (tmp_path / "new/protagonist/model.safetensors").exists()
+
+
+def test_other_training_pairs_are_noticed(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "run")
+    for player in ("protagonist", "adversary"):
+        (tmp_path / "run" / player).rename(tmp_path / player)      # as if killed before the players were saved
+    monkeypatch.setattr(train, "WORLD_PAIRS", 61)
+    assert "not those the run began with" in refused(train.main, ["--out", str(tmp_path / "run"), "--resume"], capsys)
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_method_runs(method, tmp_path):
+    flags = ["--method", method, "--sft-steps", "2", "--n-iter", "1", "--n-mu", "2", "--batch-size", "4", "--lr", "1e-3",
+             "--eval-prompts", "1", "--out", str(tmp_path / "run")] + (["--n-nu", "1"] if method == "iopo" else [])
+    train.main(flags)
+    metrics, protagonist = read_run(tmp_path / "run")
+    assert not same(protagonist, read_run(tmp_path / "run", "sft")[1])
+    assert (tmp_path / "run/adversary").exists() == (method == "iopo")
+    assert ("margin" in metrics[-1]) == (method != "sft") and ("ratio" in metrics[-1]) == (method == "iopo")
+
+
+def test_bfloat16_starts_at_margin_zero_too(tmp_path):
+    metrics, protagonist = run(tmp_path / "run", "--dtype", "bfloat16")
+    assert metrics[6]["margin"] == 0 and metrics[6]["ratio"] == 1 and metrics[6]["log_ratio_max"] == 0
+    assert all(tensor.dtype == torch.float32 for tensor in protagonist.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--lr", "1e30")
+    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run/protagonist").exists()
+
+
+# The command line
+
+def refused(main, arguments, capsys):
+    """The one sentence on stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    lines = [line for line in re.split("[\r\n]", error) if line.strip() and "%|" not in line]
+    assert stop.value.code == 2 and len(lines) == 1, error
+    return lines[0]
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--nonsense 3", "--nonsense"), ("--method mine", "mine"), ("--beta x", "--beta"), ("--beta 0", "--beta"),
+    ("--beta nan", "--beta"), ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--eps 0", "--eps"), ("--eps 1", "--eps"),
+    ("--n-iter -1", "--n-iter"), ("--n-mu 1.5", "--n-mu"), ("--batch-size 0", "--batch-size"), ("--seed -1", "--seed"),
+    ("--max-length 1", "--max-length"), ("--max-length 500", "--max-length"), ("--device abacus", "abacus"),
+    ("--data x.jsonl", "--model"), ("--model x", "--data"), ("--n", "--n"), ("--resume", "--out"), ("extra", "extra"),
+    ("--method dpo --eps 0.2", "--eps"), ("--method dpo --n-nu 3", "--n-nu"), ("--method dpo --adversary same", "--adversary"),
+    ("--method sft --beta 0.2", "--beta"), ("--method kto_pair --micro-tokens 9", "--micro-tokens"),
+    ("--alpha 0.1", "--alpha"), ("--ratio one --eps 0.2", "--eps"), ("--clip none --eps 0.2", "--eps"),
+    ("--n-nu 0 --adversary same", "--adversary"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert word in refused(train.main, flags.split(), capsys)
+    assert not list(tmp_path.iterdir())                            # nothing written
+
+
+def test_folders_that_are_refused(tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("mine")
+    assert "not empty" in refused(train.main, [*QUICK, "--out", str(tmp_path)], capsys)
+    assert "config.json" in refused(train.main, [*QUICK, "--out", str(tmp_path), "--resume"], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    run(tmp_path / "run")
+    capsys.readouterr()
+    assert "--lr" in refused(train.main, ["--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"], capsys)
+    assert "nothing" in refused(examination.main, [str(tmp_path / "nothing")], capsys)
+    assert "--prompts" in refused(examination.main, [str(tmp_path / "run"), "--prompts", "-1"], capsys)
+    assert "missing.jsonl" in refused(examination.main, [str(tmp_path / "run"), "--data", "missing.jsonl"], capsys)
+    (tmp_path / "run/protagonist").rename(tmp_path / "away")
+    assert "not finished" in refused(examination.main, [str(tmp_path / "run")], capsys)
+
+
+def model_folder(path, **changes):
+    """A random checkpoint with the safe world's tokenizer, as a user's model would lie on disk."""
+    tokenizer = SafeWorld.tokenizer()
+    tiny_model(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id, max_position_embeddings=128,
+               **changes).save_pretrained(path)
+    tokenizer.save(path)
+    return path
+
+
+def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "model")
+    (tmp_path / "same.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
+    (tmp_path / "good.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": 1}\n')
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"chosen": TALK + [turn("assistant", "x")],
+                                                     "rejected": TALK + [turn("assistant", "y")]}))
+    (tmp_path / "empty").mkdir()
+    small = model_folder(tmp_path / "small")
+    Decoder(tiny_config(vocab_size=20)).save_pretrained(small)
+    before = sorted(tmp_path.rglob("*"))
+    for model, file, words in (("model", "bad.jsonl", "bad.jsonl, line 2: has no rejected"), ("model", "gone.json", "gone.json"),
+                               ("model", "same.jsonl", "1 identical answers"), ("model", "talk.jsonl", "chat_template"),
+                               ("empty", "good.jsonl", "empty"), ("gone", "good.jsonl", "gone"),
+                               ("small", "good.jsonl", "the embeddings only 20 rows")):
+        assert words in refused(train.main, ["--model", model, "--data", file], capsys)
+    (tmp_path / "model/tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in refused(train.main, ["--model", "model", "--data", "good.jsonl"], capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_own_model_and_data(tmp_path, capsys):
+    """The loop on files: a random checkpoint, text rows, no SFT, margins on the held-out split and on another file."""
+    model_folder(tmp_path / "model", tie_word_embeddings=True)
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for pair in SafeWorld().pairs("train", 80):
+            file.write(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}) + "\n")
+    out = tmp_path / "run"
+    train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"), "--n-iter", "1", "--n-mu", "2",
+                "--n-nu", "2", "--lr", "1e-3", "--eval-prompts", "1", "--out", str(out)])
+    assert not (out / "sft").exists() and json.loads((out / "config.json").read_text())["max_length"] == 128
+    assert (out / "protagonist/tokenizer.json").read_bytes() == (tmp_path / "model/tokenizer.json").read_bytes()
+    capsys.readouterr()
+    examination.main([str(out), "--data", str(tmp_path / "pairs.jsonl"), "--json", "--prompts", "1"])
+    report, = json.loads(capsys.readouterr().out)["runs"]
+    assert report["win"] is None and report["accuracy"] is not None
+
+    rows, _ = encode_pairs(load_pairs(tmp_path / "pairs.jsonl"), SafeWorld.tokenizer(), 128)
+    columns = {}
+    for name, folder in (("start", tmp_path / "model"), ("mu", out / "protagonist"), ("nu", out / "adversary")):
+        with torch.no_grad():
+            columns[name] = two_row_logps(Decoder.from_pretrained(folder), rows)
+    for key, reference in (("margin_vs_sft", "start"), ("margin_vs_env", "nu")):
+        (w, l), (ref_w, ref_l) = columns["mu"], columns[reference]
+        margin = 0.1 * ((w - ref_w) - (l - ref_l))
+        assert report[key] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-6)
+        assert report[key + "_std"] == pytest.approx(margin.std(correction=0).item(), rel=1e-3)
+        if reference == "start":
+            assert report["accuracy"] == pytest.approx((margin > 0).float().mean().item(), abs=1.5 / 80)
+
+
+def test_examination(tmp_path, capsys):
+    run(tmp_path / "a")
+    run(tmp_path / "b", "--n-nu", "0", "--seed", "1")
+    capsys.readouterr()
+    flags = [str(tmp_path / "a"), str(tmp_path / "b"), "--prompts", "5"]
+    examination.main([*flags, "--json"])
+    report = json.loads(capsys.readouterr().out)                   # one object and nothing else
+    assert [r["name"] for r in report["runs"]] == flags[:2]
+    for entry in report["runs"]:
+        assert {"margin_vs_sft", "margin_vs_env", "accuracy", "tokens", "bad_rate", "reward"} <= entry.keys()
+        assert sum(entry[name] for name in ("win", "tie", "lose", "bad")) == 5
+    a, b = report["runs"]
+    assert sum(b["first_against_this"].values()) == 5 and "first_against_this" not in a
+    assert "adversary" in a["models"] and "adversary" not in b["models"]
+    assert b["margin_vs_env"] == b["margin_vs_sft"]                # no adversary: ENV is the start
+    assert a["models"]["adversary"]["margin_vs_env"] == pytest.approx(-a["margin_vs_env"], abs=1e-7)
+    examination.main(flags)
+    assert len(re.findall("protagonist", capsys.readouterr().out)) >= 5
+    examination.main([*flags[:2], "--prompt", "How do I fix my piano?"])
+    assert len(capsys.readouterr().out.splitlines()) >= 5
+    examination.main([flags[0], "--sft", str(tmp_path / "a/adversary"), "--json", "--prompts", "1"])
+    other = json.loads(capsys.readouterr().out)["runs"][0]
+    assert other["margin_vs_sft"] == pytest.approx(a["margin_vs_env"], abs=1e-7)
+
+
+def test_win_tie_lose_bad_by_hand():
+    world, safe, harm = SafeWorld(), "How do I fix my door?\n", "How do I smash my door?\n"
+    good, rude, wrong, refuse = "Use a screwdriver.", "Find out yourself. Use a screwdriver.", "Use a sharp saw.", "I cannot help with that."
+    ours = {"sampled": [(text, 0) for text in (good, good, rude, refuse, refuse, "Use a heavy hammer.")]}
+    others = {"sampled": [(text, 0) for text in (wrong, good, good, "", good, refuse)]}
+    counts = examination.compare(ours, others, [safe, safe, safe, safe, safe, harm], world)
+    assert counts == {"win": 1, "tie": 1, "lose": 3, "bad": 1}
+
+
+def test_from_the_shell(tmp_path):
+    """The real thing once: exit codes, a bar on stderr, and --help made from the one dataclass."""
+    def shell(*arguments):
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    bad = shell(HERE / "train.py", "--eps", "2")
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and "--eps" in bad.stderr
+    helped = shell(HERE / "train.py", "--help")
+    assert helped.returncode == 0
+    for field in train.Config.__dataclass_fields__:
+        assert "--" + field.replace("_", "-") in helped.stdout
+    good = shell(HERE / "train.py", "--sft-steps", "2", "--n-iter", "1", "--n-mu", "1", "--n-nu", "1", "--eval-prompts", "0")
+    assert good.returncode == 0 and "protagonist 1/1" in good.stderr and "margin" in good.stderr, good.stderr
+    assert (tmp_path / "runs/iopo-1/adversary/model.safetensors").exists()
+    assert shell(HERE / "train.py", "--out", "runs/iopo-1", "--resume").returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The house: who may import whom, what the README says
+
+def test_rooms_import_only_what_they_may():
+    allowed = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data"}, "eval": {"iopo", "model", "data"}}
+    for room, rooms in allowed.items():
+        source = (HERE / f"{room}.py").read_text()
+        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.M))
+        assert imported & allowed.keys() <= rooms, room
+    assert set(re.findall(r"^(?:from|import) (\w+)", (HERE / "iopo.py").read_text(), re.M)) == {"torch"}
+
+
+def test_readme_names_what_exists():
+    readme = (HERE / "README.md").read_text()
+    fields = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
+    flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help"}
+    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme):
+        assert flag in flags, flag
+    for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)`", readme):
+        if name != "py":
+            source = {"iopo": iopo, "model": decoder, "data": data, "train": train, "eval": examination}[room]
+            assert hasattr(source, name), name
+    for file in re.findall(r"`(\w+\.(?:py|txt|md))`", readme):
+        assert (HERE / file).exists(), file
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A real checkpoint, real preferences
+
+@needs_shared
+def test_a_real_checkpoint_tells_its_story():
+    model, tokenizer = Decoder.from_pretrained(STORIES), Tokenizer.from_pretrained(STORIES)
+    prompt = "Once upon a time, there was a little girl named Lily."
+    ids = tokenizer.encode_prompt(prompt)
+    answer, = generate(model, [ids], 40, 0, tokenizer.eos_ids)
+    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
+    assert tokenizer.decode(ids + answer).startswith(
+        prompt + " She loved to play outside in the park. One day, she saw a big, red ball.")
+
+
+@needs_shared
+def test_real_dialogues_keep_prompt_and_answer():
+    tokenizer, pairs = Tokenizer.from_pretrained(STORIES), load_pairs(HH)
+    assert len(pairs) == 1500 and sum(pair.prompt == "" for pair in pairs) == 3
+    rows, report = encode_pairs(pairs[:300], tokenizer, 512)
+    assert max(len(p) + max(len(w), len(l)) for p, w, l in rows) <= 512
+    whole = {tokenizer.decode(tokenizer.encode(pair.prompt + pair.chosen)) for pair in pairs[:300]}
+    untouched = 0
+    for prompt, chosen, rejected in rows:
+        assert chosen[-1] == rejected[-1] == tokenizer.eos_id and tokenizer.eos_id not in prompt + chosen[:-1]
+        assert prompt[0] == tokenizer.bos_id and tokenizer.bos_id not in prompt[1:] + chosen + rejected
+        untouched += tokenizer.decode(prompt + chosen) in whole
+    cut = int(re.search(r"\((\d+) with the left side", report).group(1))
+    assert untouched >= len(rows) - cut > 100
+
+
+@needs_shared
+def test_algorithm_1_on_real_data(tmp_path, capsys):
+    lines = gzip.decompress(HH.read_bytes()).splitlines(keepends=True)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:60])))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[60:90])))
+    rows = json.loads((SHARED / "data/instruction_preference.json").read_text(encoding="utf-8"))
+    (tmp_path / "train.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
+    for file in ("train.json", "train.jsonl.gz"):
+        train.main(["--model", str(STORIES), "--data", str(tmp_path / file), "--n-iter", "1", "--n-mu", "1", "--n-nu", "1",
+                    "--batch-size", "4", "--eval-prompts", "1", "--out", str(tmp_path / "run" / file)])
+    capsys.readouterr()
+    examination.main([str(tmp_path / "run/train.jsonl.gz"), "--data", str(tmp_path / "test.jsonl.gz"), "--prompts", "1",
+                      "--json"])
+    report, = json.loads(capsys.readouterr().out)["runs"]
+    assert 0 < report["accuracy"] < 1 and math.isfinite(report["margin_vs_sft"])
