@@ -2,7 +2,7 @@
 
     python eval.py runs/iopo-1 runs/dpo-1                    # margins, accuracy, win/tie/lose, samples
     python eval.py runs/mine --data test.jsonl.gz            # on held-out pairs of your own
-    python eval.py runs/iopo-1 --prompt "How do I fix my piano?"
+    python eval.py runs/iopo-1 --prompt "How do I fix my boat?"
     python eval.py runs/iopo-1 --json                        # one JSON object on stdout and nothing else
 
 margin    0.1 * h on held-out pairs (mean, and standard deviation over pairs), whatever beta trained the run:

@@ -1,7 +1,7 @@
-"""IOPO, Indirect Online Preference Optimization (Wang et al., IJCAI 2025): Eq. 1 to 15 and Algorithm 1.
+"""IOPO, Indirect Online Preference Optimization (Wang et al., IJCAI 2025): its equations and Algorithm 1.
 
-Reads top to bottom like the paper and imports torch alone. Every function is pure and works on (B,)
-tensors: one number per preference pair (x, y_w, y_l), where log pi(y|x) is the log-probability of a whole
+Reads top to bottom like the paper and imports torch alone. Eq. 1, 5 to 8 and 11 to 15 are here; Eq. 2 to 4
+and 9 to 10 motivate them and compute nothing. The equations are pure functions of (B,) tensors: one number per preference pair (x, y_w, y_l), where log pi(y|x) is the log-probability of a whole
 response, *summed* over its tokens (EOS included), in nats. Nothing here averages over the batch: losses
 return (B,), and the caller takes the mean that the paper writes as an expectation.
 
@@ -26,7 +26,8 @@ def preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_reject
     """Implicit-reward margin beta * h = r(x, y_w) - r(x, y_l), shape (B,).
 
     Eq. 5 gives r(x, y) = beta * log(pi/pi_ref) + beta * log Z(x); Z(x) is the same for both responses and
-    cancels. For the protagonist the reference is the adversary, and the other way round (Eq. 9).
+    cancels. The protagonist's reference is the adversary (Eq. 9), the adversary's the protagonist (Algorithm 1,
+    line 9).
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)                # Eq. 5, without log Z
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)          # Eq. 5, without log Z
@@ -38,8 +39,8 @@ def preference_probability(margin, ratio=None):
 
     Eq. 1 and 6 without a ratio. With the (clipped) importance ratio r it is the paper's Eq. 13, which divides
     by r and so may exceed 1: a value to look at, not a probability, and not what the loss is made of.
-    Mended: Eq. 1's second line has the sign reversed and a stray log. Eq. 13 says Q_mu = -Q_nu, which no
-    number in [0, 1] can be; the sign belongs to the payoff.
+    Mended: Eq. 1's second line has the sign reversed and a stray log. Eq. 13 also says Q_mu = -Q_nu, which
+    two positive numbers cannot be; the sign belongs to the payoff.
     """
     q = torch.sigmoid(margin)                                                # Eq. 1, Eq. 6
     return q if ratio is None else q / ratio                                 # Eq. 13
@@ -107,9 +108,11 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     """-r * log sigmoid(beta * h) with the frozen ENV in the reference's place (Eq. 14), shape (B,).
 
     Minimised by both players; for the adversary the caller exchanges chosen and rejected, in every argument.
-    r is a detached weight: a pair whose rejected response AGENT has already unlearned (r near 0) fades out.
-    Mended: Eq. 14 prints y_w twice in the second log-ratio, which would make the gradient exactly zero; the
-    numerator there is y_l, as in Eq. 15. The text says "maximize" (14): it is a loss, to be minimised.
+    r is a detached weight: a pair whose rejected response AGENT has already unlearned (r near 0) fades out,
+    until r underflows (log r < -103) and Eq. 11's guard calls it 1 again.
+    Mended: Eq. 14 prints pi_mu(y_w) in the numerator of both log-ratios, which makes the gradient exactly zero
+    with r detached; the second is pi_mu(y_l), as in Eq. 15. The text says "maximize" (14): it is a loss, to be
+    minimised.
     """
     r = importance_ratio(*ratio_terms(
         rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths))       # Eq. 11
@@ -150,8 +153,8 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
              beta=0.1, chosen_lengths, rejected_lengths):
     """(h - 1 / (2 beta))^2 with h made of per-token *means* (Azar et al., arXiv 2310.12036, Eq. 17), shape (B,).
 
-    The IPO paper writes sums; TRL from v0.7.11 on, which the IOPO paper's baselines used, divides each
-    log-ratio by the response's tokens, as the IPO authors confirmed there.
+    The IPO paper writes sums; TRL from v0.7.11 on, which the IOPO paper's baselines probably used, divides
+    each log-ratio by the response's tokens, as the IPO authors confirmed there.
     """
     chosen_logratios = (chosen_logps - ref_chosen_logps) / chosen_lengths
     rejected_logratios = (rejected_logps - ref_rejected_logps) / rejected_lengths
@@ -205,7 +208,9 @@ LOSSES = {"iopo": iopo_loss, "dpo": dpo_loss, "hinge": hinge_loss, "ipo": ipo_lo
 
 # How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls the game
 # zero-sum and prints minus signs in Eq. 12 and 13, but gives one loss for both players (Algorithm 1, lines 5
-# and 10) and lets the adversary prefer y_l: with "swapped" both minimise Eq. 14, each on its own preference.
+# and 10) and lets the adversary prefer y_l. That is "swapped", and with r = 1 it is a game of common interest:
+# exchanging both the labels and the reference leaves h as it was, so both players push the same h up, mu by
+# learning y_w and nu by learning y_l.
 ADVERSARIES = {"swapped": (True, +1), "negated": (False, -1), "same": (False, +1)}
 
 

@@ -336,10 +336,12 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens cannot be continued")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, not {temperature}")
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     device = model.device
-    stop = torch.tensor([eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
+    stop = torch.as_tensor(eos_id, device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)                      # (B,)
     longest = int(lengths.max())
     padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]                   # all end together

@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import math
+import operator
 import os
 import pickle
 import shutil
@@ -29,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from data import SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
-from iopo import (ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns)
+from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
 
 
@@ -52,23 +53,27 @@ METHODS = {"iopo": Method("iopo", {}),
            "aipo": Method("aipo", {"n_nu": 0}),
            "sft": Method("sft", {"n_nu": 0}, env=False)}
 
-WORLD_PAIRS, WORLD_EXAM_PAIRS = 3000, 400
+WORLD_PAIRS = 3000
 WORLD_MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=24, max_position_embeddings=128)
 
 
-def option(default, help, **limits):
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+LIMITS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
+
+
+def option(default, help, **more):
+    """A field of Config. `more`: choices, limits (see LIMITS), or two defaults for None: world, and own (--model)."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class Config:
-    """Every option and its default, once. None means: resolved when the run starts, and printed."""
+    """Every option and its default, once. A None is resolved when the run starts, and printed."""
     method: str = option("iopo", "what to train", choices=METHODS)
     model: str | None = option(None, "folder of a Llama checkpoint to start from; without it the safe world's own")
     data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model)")
     out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
-    seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0)
+    seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0, below=2**63)
     beta: float = option(0.1, "the reward's scale beta", above=0)
     eps: float = option(0.3, "the clip's half width epsilon", above=0, below=1)
     clip: str = option("min", "reading of Eq. 12", choices=("min", "two_sided", "none"))
@@ -80,11 +85,13 @@ class Config:
     n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
     n_nu: int = option(25, "adversary's optimiser steps per iteration, N_nu; 0: no adversary, ENV stays the start",
                        least=0)
-    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that", least=0)
-    sft_lr: float | None = option(None, "learning rate of SFT", above=0)
-    lr: float | None = option(None, "learning rate of both players", above=0)
+    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that", least=0,
+                                   world=400, own=0)
+    sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1e-3, own=2e-5)
+    lr: float | None = option(None, "learning rate of both players", above=0, world=5e-5, own=2e-7)
     batch_size: int = option(32, "pairs per optimiser step", least=1)
-    max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2)
+    max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2,
+                                    world=64, own="the model's positions, 1024 at most")
     micro_tokens: int | None = option(8192, "tokens per forward pass with padding; less memory, same gradient", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
@@ -108,6 +115,8 @@ def parse_arguments(arguments):
     for field in dataclasses.fields(Config):
         kind = next(part for part in (typing.get_args(field.type) or (field.type,)) if part is not type(None))
         default = "" if field.default is None else f" (default {field.default})"
+        if "world" in field.metadata:
+            default = " (default {world} in the safe world, with --model {own})".format(**field.metadata)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
                             metavar=None if "choices" in field.metadata else kind.__name__.upper(),
                             help=field.metadata["help"].replace("%", "%%") + default)
@@ -123,9 +132,8 @@ def make_config(given):
         value, flag, limits = getattr(config, field.name), "--" + field.name.replace("_", "-"), field.metadata
         if isinstance(value, float) and not math.isfinite(value):
             raise Refused(f"{flag} must be finite, not {value}")
-        for name, wrong, words in (("least", lambda a, b: a < b, "at least"), ("above", lambda a, b: a <= b, "above"),
-                                   ("below", lambda a, b: a >= b, "below")):
-            if value is not None and name in limits and wrong(value, limits[name]):
+        for name, (right, words) in LIMITS.items():
+            if value is not None and name in limits and not right(value, limits[name]):
                 raise Refused(f"{flag} must be {words} {limits[name]}, not {value}")
     if config.data is not None and config.model is None:
         raise Refused("--data needs --model: the safe world's model knows no other text")
@@ -147,11 +155,10 @@ def make_config(given):
         if name in ignored:
             raise Refused(f"--{name.replace('_', '-')} has no effect with {ignored[name]}; leave it out")
 
-    on_world = config.model is None
-    defaults = {"sft_steps": 400 if on_world else 0, "sft_lr": 1e-3 if on_world else 2e-5,
-                "lr": 5e-5 if on_world else 2e-7, "max_length": 64 if on_world else None}
-    config = dataclasses.replace(config, **{name: value for name, value in defaults.items()
-                                            if getattr(config, name) is None})
+    where = "world" if config.model is None else "own"
+    for field in dataclasses.fields(Config):
+        if getattr(config, field.name) is None and isinstance(field.metadata.get(where), (int, float)):
+            setattr(config, field.name, field.metadata[where])
     if config.sft_steps == 0 and "sft_lr" in given:
         raise Refused("--sft-lr has no effect without --sft-steps; leave it out")
     return config
@@ -206,8 +213,6 @@ def train(job):
     config, out, tokenizer = job.config, Path(job.config.out), job.tokenizer
     method = METHODS[config.method]
     schedule = [(0, "sft")] * config.sft_steps + list(turns(config.n_iter, config.n_mu, config.n_nu))
-    sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
-
     players = {"protagonist": job.model, "adversary": copy.deepcopy(job.model)}
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
@@ -216,16 +221,17 @@ def train(job):
         fingerprint.update(repr(row).encode())
     fingerprint = fingerprint.hexdigest()
     done = load_checkpoint(out, players, optimizers, fingerprint)
+    # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
+    sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
+    streams = {player: batches(sft_rows if player == "sft" else job.rows, config.batch_size, config.seed,
+                               start=sum(player == other for _, other in schedule[:done])) for player in optimizers}
     if done == 0 and config.model is None and config.sft_steps == 0:        # a start that is nowhere else on disk
         save_player(out / "sft", job.model, tokenizer)
 
     with open_metrics(out, done) as metrics_file, tqdm(total=len(schedule), initial=done, unit="step") as bar:
         for step in range(done, len(schedule)):
             iteration, player = schedule[step]
-            if step in (done, config.sft_steps):
-                stream = batches(sft_rows if player == "sft" else job.rows, config.batch_size, config.seed,
-                                 start=step if player == "sft" else step - config.sft_steps)
-            rows, sign = next(stream), +1
+            rows, sign = next(streams[player]), +1
             if player == "sft":
                 loss, agent, env = "sft", players["protagonist"], None
             elif player == "protagonist":                          # Algorithm 1, line 4: AGENT mu, ENV nu
