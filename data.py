@@ -104,6 +104,13 @@ def parse_json(content, path, first_line):
         raise ValueError(f"{path}, line {first_line}: JSON nested too deeply to be read") from None
 
 
+def read_object(name, content):
+    value = parse_json(content, name, first_line=1)
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
 def parse_row(row, origin):
     """One JSON row to a Pair, by its shape."""
     if not isinstance(row, dict):
@@ -176,11 +183,13 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json cannot be read ({error})") from None
         self.backend.no_truncation()                                         # a limit stored there would cut in silence
         self.backend.no_padding()
-        tokens, generation = (self.read_object(name) for name in ("tokenizer_config.json", "generation_config.json"))
+        tokens, generation = (read_object(name, files.get(name, b"{}")) for name in self.FILES[1:3])
         self.bos_id, eos_id = (self.special_id(tokens.get(name)) for name in ("bos_token", "eos_token"))
         stops = generation.get("eos_token_id", model_eos)
         stops = stops if isinstance(stops, list) else [stops]
         self.eos_ids = tuple(dict.fromkeys(i for i in (eos_id, *stops) if i is not None))
+        if not all(isinstance(i, int) for i in self.eos_ids):
+            raise ValueError(f"eos_token_id must be whole numbers, not {self.eos_ids}")
         if not self.eos_ids:
             raise ValueError("neither tokenizer_config.json nor generation_config.json nor config.json names an eos "
                              "token, so no answer could ever end")
@@ -199,18 +208,10 @@ class Tokenizer:
         if "tokenizer.json" not in files:
             raise ValueError(f"{folder}: has no tokenizer.json")
         try:
-            config = parse_json((folder / "config.json").read_bytes(), folder / "config.json", first_line=1)
-            return cls(files, config.get("eos_token_id") if isinstance(config, dict) else None)
-        except OSError as error:
-            raise ValueError(f"{folder / 'config.json'}: cannot be read ({error.strerror})") from None
+            config = (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"{}"
+            return cls(files, read_object("config.json", config).get("eos_token_id"))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
-
-    def read_object(self, name):
-        value = parse_json(self.files.get(name, b"{}"), name, first_line=1)
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} must hold a JSON object, not a {type(value).__name__}")
-        return value
 
     def save(self, folder):
         for name, content in self.files.items():
@@ -218,10 +219,13 @@ class Tokenizer:
 
     @staticmethod
     def content(token):
-        return token["content"] if isinstance(token, dict) else token        # older files wrap it
+        token = token.get("content") if isinstance(token, dict) else token   # older files wrap it
+        if not isinstance(token, str | None):
+            raise ValueError(f"tokenizer_config.json: a special token must be text, not {token!r}")
+        return token
 
     def special_id(self, token):
-        return None if token is None else self.backend.token_to_id(self.content(token))
+        return None if token is None else self.backend.token_to_id(self.content(token) or "")
 
     @property
     def largest_id(self):
@@ -300,7 +304,7 @@ class Tokenizer:
         try:
             return environment.from_string(self.chat_template).render(
                 messages=prompt, add_generation_prompt=add_generation_prompt, **self.variables)
-        except jinja2.TemplateError as error:
+        except Exception as error:                                           # a template can raise anything
             raise ValueError(f"the chat template refused a dialogue ({error})") from None
 
 

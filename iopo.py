@@ -1,9 +1,10 @@
 """IOPO, Indirect Online Preference Optimization (Wang et al., IJCAI 2025): its equations and Algorithm 1.
 
 Reads top to bottom like the paper and imports torch alone. Eq. 1, 5 to 8 and 11 to 15 are here; Eq. 2 to 4
-and 9 to 10 motivate them and compute nothing. The equations are pure functions of (B,) tensors: one number per preference pair (x, y_w, y_l), where log pi(y|x) is the log-probability of a whole
-response, *summed* over its tokens (EOS included), in nats. Nothing here averages over the batch: losses
-return (B,), and the caller takes the mean that the paper writes as an expectation.
+and 9 to 10 motivate them and compute nothing. The equations are pure functions of (B,) tensors: one number per
+preference pair (x, y_w, y_l), where log pi(y|x) is the log-probability of a whole response, *summed* over its
+tokens (EOS included), in nats. Nothing here averages over the batch: losses return (B,), and the caller takes
+the mean that the paper writes as an expectation.
 
 Symbols          here
 pi_mu, pi_nu     the protagonist mu and the adversary nu, two language models that train in turns

@@ -101,6 +101,7 @@ def test_losses_equal_the_formula_in_plain_floats(name):
 def test_loss_gradients_equal_finite_differences(name):
     """Of the sum over the batch, with the ratio of Eq. 14 held constant (it is a weight, not a term)."""
     logps = [column[:6].clone().requires_grad_() for column in random_logps(seed=3)]
+    logps[0], logps[1] = ((column + 2).detach().requires_grad_() for column in logps[:2])         # kto_pair's terms act
     losses = call(name, *logps)
     gradients = torch.autograd.grad(losses.sum(), logps[:2], allow_unused=True)
     ratio = iopo.clip_ratio(iopo.importance_ratio(logps[1], logps[3])).double()
@@ -653,6 +654,7 @@ def test_answers_end_in_one_eos_and_bos_comes_once(post, bos):
     assert tokenizer.encode_pair(Pair("c ", "d</s>", "a</s></s>")) == (bos + [6, 8], [7, 1], [3, 1])
     # a token that straddles the seam belongs to the answers
     assert tokenizer.encode_pair(Pair("ca", "b", "d")) == (bos + [6], [5, 1], [3, 7, 1])
+    assert tokenizer.encode_pair(Pair("ca", "bd", "bx")) == (bos + [6], [5, 7, 1], [5, 9, 1])
     # a prompt that ends in EOS keeps it
     assert tokenizer.encode_pair(Pair("c</s>", "d", "x")) == (bos + [6, 1], [7, 1], [9, 1])
 
@@ -935,6 +937,26 @@ def test_gradient_does_not_depend_on_the_micro_batches(method, tmp_path):
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def test_one_step_of_gradient_descent():
+    """SGD with rate 1 moves by the gradient, cut to norm 1; a negative sign moves the other way."""
+    rows, config, env = random_rows(random.Random(3), 6), train.make_config({}), tiny_model(1)
+    agent, start = tiny_model(0), flat(tiny_model(0).parameters())
+    w, l = two_row_logps(agent, rows)
+    ref_w, ref_l = (column.detach() for column in two_row_logps(env, rows))
+    (-F.logsigmoid(0.1 * ((w - ref_w) - (l - ref_l)))).mean().backward()
+    gradient = flat(parameter.grad for parameter in agent.parameters())
+    assert gradient.norm() > 1.5
+    for sign in (1, -1):
+        agent = tiny_model(0)
+        metrics = train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=1.0), rows, "dpo", sign, config)
+        assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+        torch.testing.assert_close(flat(agent.parameters()) - start, -sign * gradient / gradient.norm(), rtol=1e-3, atol=1e-5)
 
 
 def test_metrics_are_what_they_say():
