@@ -2,7 +2,7 @@
 
     pairs = load_pairs("pairs.jsonl.gz")                     # or SafeWorld(seed=0).pairs("train", 3000)
     tokenizer = Tokenizer.from_pretrained("model folder")    # or SafeWorld(seed=0).tokenizer()
-    rows, report = encode_pairs(pairs, tokenizer, max_length=512)
+    rows, kept, report = encode_pairs(pairs, tokenizer, max_length=512)
     for step_rows in batches(rows, batch_size=32, seed=0):   # endless
         for batch in micro_batches(step_rows, max_tokens=4096):
             ...                                              # a PairBatch: what model.response_logps takes
@@ -54,7 +54,7 @@ def load_pairs(source, split=None):
     last one is the answer and whose shared turns, after those of a `prompt` list if there is one, are the prompt.
 
     `split` None reads everything; such files have no split of their own, so "test" is the twentieth of the
-    prompts that a checksum of their text selects, and "train" the rest. ValueError for what cannot be read:
+    prompts that `is_held_out` selects, and "train" the rest. ValueError for what cannot be read:
     one sentence with file, line (row, in .json) and mend.
     """
     if split not in (None, "train", "test"):
@@ -66,7 +66,7 @@ def load_pairs(source, split=None):
 
 
 def is_held_out(pair):
-    """The split for files that have none, by prompt: all pairs of a prompt fall on one side, in any order."""
+    """The split for files that have none, by a checksum of the prompt: all its pairs fall on one side."""
     return zlib.crc32(json.dumps(pair.prompt).encode()) % 20 == 0
 
 
@@ -100,8 +100,15 @@ def parse_json(content, path, first_line):
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise ValueError(f"{path}, line {line}: broken JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError(f"{path}, line {first_line}: JSON nested too deeply to be read") from None
+    except (RecursionError, ValueError) as error:                            # nested too deeply, a number too long
+        raise ValueError(f"{path}, line {first_line}: JSON that cannot be read ({error})") from None
+
+
+def decode_text(name, content):
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not UTF-8; save the file as UTF-8") from None
 
 
 def read_object(name, content):
@@ -121,7 +128,8 @@ def parse_row(row, origin):
     if isinstance(row["chosen"], list):
         chosen, rejected = messages(row, "chosen", origin), messages(row, "rejected", origin)
         turns = messages(row, "prompt", origin) if isinstance(row.get("prompt"), list) else []
-        prompt = turns + chosen[:-1] if chosen[:-1] == rejected[:-1] else []
+        shared = chosen[:-1] if chosen[:len(turns)] == turns else turns + chosen[:-1]       # chosen may repeat them
+        prompt = shared if chosen[:-1] == rejected[:-1] else []
         return Pair(prompt, answer_of(chosen, "chosen", origin), answer_of(rejected, "rejected", origin), origin)
     chosen, rejected = text(row, "chosen", origin), text(row, "rejected", origin)
     if "instruction" in row:
@@ -132,7 +140,7 @@ def parse_row(row, origin):
     if ASSISTANT not in chosen:
         raise ValueError(f"{origin}: has no prompt and no instruction, and chosen is no HH dialogue; add a prompt")
     prompt = chosen[:chosen.rindex(ASSISTANT) + len(ASSISTANT)]
-    if not rejected.startswith(prompt):                                      # the dialogues part before the last reply
+    if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:         # they part before the last reply
         return Pair("", chosen, rejected, origin)
     return Pair(prompt, chosen[len(prompt):], rejected[len(prompt):], origin)
 
@@ -170,7 +178,7 @@ class Tokenizer:
     eos_id   the one that ends every answer in training
     eos_ids  all that end an answer in generation
     """
-    FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+    FILES = ("tokenizer.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
              "chat_template.jinja")
 
     def __init__(self, files, model_eos=None):
@@ -183,22 +191,30 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json cannot be read ({error})") from None
         self.backend.no_truncation()                                         # a limit stored there would cut in silence
         self.backend.no_padding()
-        tokens, generation = (read_object(name, files.get(name, b"{}")) for name in self.FILES[1:3])
-        self.bos_id, eos_id = (self.special_id(tokens.get(name)) for name in ("bos_token", "eos_token"))
-        stops = generation.get("eos_token_id", model_eos)
-        stops = stops if isinstance(stops, list) else [stops]
-        self.eos_ids = tuple(dict.fromkeys(i for i in (eos_id, *stops) if i is not None))
-        if not all(isinstance(i, int) for i in self.eos_ids):
-            raise ValueError(f"eos_token_id must be whole numbers, not {self.eos_ids}")
+        generation, special, config = (read_object(name, files.get(name, b"{}")) for name in self.FILES[1:4])
+        tokens = special | {name: value for name, value in config.items() if value is not None}
+        self.bos, self.bos_id = self.special_token(tokens.get("bos_token"))
+        eos, eos_id = self.special_token(tokens.get("eos_token"))
+        stops = generation.get("eos_token_id")
+        stops = model_eos if stops is None else stops
+        stops = [eos_id, *(stops if isinstance(stops, list) else [stops])]
+        if not all(i is None or type(i) is int for i in stops):
+            raise ValueError(f"eos_token_id must be a whole number or several, not {stops[1:]}")
+        self.eos_ids = tuple(dict.fromkeys(i for i in stops if i is not None))
         if not self.eos_ids:
             raise ValueError("neither tokenizer_config.json nor generation_config.json nor config.json names an eos "
                              "token, so no answer could ever end")
         self.eos_id = self.eos_ids[0]
-        template = tokens.get("chat_template")
-        self.chat_template = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else template
-        self.variables = {name: self.content(tokens.get(name)) for name in ("bos_token", "eos_token")}
+        self.eos = eos or self.backend.id_to_token(self.eos_id)
+
+        whole = self.backend_encode("a", special_tokens=True)                # what is put before and after a text
+        added = "".join(map(str, whole.special_tokens_mask))
+        self.appended = len(added) - len(added.rstrip("1"))
+        if self.bos_id is None and added.startswith("1"):
+            self.bos_id = whole.ids[0]
         self.add_bos = bool(tokens.get("add_bos_token")) and self.bos_id is not None
-        self.appends_eos = self.backend.encode("a").ids[-1:] == [self.eos_id]
+        template = files.get("chat_template.jinja", tokens.get("chat_template"))
+        self.chat_template = decode_text("chat_template.jinja", template) if isinstance(template, bytes) else template
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -217,34 +233,36 @@ class Tokenizer:
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
 
-    @staticmethod
-    def content(token):
-        token = token.get("content") if isinstance(token, dict) else token   # older files wrap it
-        if not isinstance(token, str | None):
-            raise ValueError(f"tokenizer_config.json: a special token must be text, not {token!r}")
-        return token
+    def special_token(self, token):
+        """(text, id) of a special token as tokenizer_config.json names it, perhaps wrapped, or (None, None)."""
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is None:
+            return None, None
+        if not isinstance(token, str) or self.backend.token_to_id(token) is None:
+            raise ValueError(f"tokenizer_config.json names the special token {token!r}, which tokenizer.json lacks")
+        return token, self.backend.token_to_id(token)
 
-    def special_id(self, token):
-        return None if token is None else self.backend.token_to_id(self.content(token) or "")
+    def backend_encode(self, string, special_tokens):
+        try:
+            return self.backend.encode(string, add_special_tokens=special_tokens)
+        except Exception as error:                                           # a vocabulary with holes, lone surrogates
+            raise ValueError(f"the tokenizer cannot read {string[:40]!r} ({error})") from None
 
     @property
     def largest_id(self):
-        return max(self.backend.get_vocab(with_added_tokens=True).values())
+        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def decode(self, ids):
         return self.backend.decode(ids)
 
     def encode(self, string, rendered=False):
-        """Text to ids, with BOS first, once, where the tokenizer asks for it, and without the EOS that some append.
+        """Text to ids, with BOS first, once, where the tokenizer asks for it, and without what some append (EOS).
         `rendered`: the text comes from a chat template, which writes its special tokens itself. A special token
         spelled out in any text, such as "</s>", is read as that token."""
-        ids = self.backend.encode(string, add_special_tokens=not rendered).ids
+        ids = self.backend_encode(string, special_tokens=not rendered).ids
         if rendered:
             return ids
-        if self.appends_eos:
-            ids = ids[:-1]
-        if self.add_bos:
-            ids = [self.bos_id] + ids
+        ids = [self.bos_id] * self.add_bos + ids[:len(ids) - self.appended]
         while self.bos_id is not None and ids[:2] == [self.bos_id] * 2:      # the text may spell it out
             ids = ids[1:]
         return ids
@@ -268,26 +286,24 @@ class Tokenizer:
             if not a == b == c:
                 break
             shared += 1
-        answers = [chosen[shared:], rejected[shared:]]
-        for answer in answers:
-            while answer and answer[-1] == self.eos_id:                      # the data may write it out
-                answer.pop()
-            answer.append(self.eos_id)
-        return prompt[:shared], *answers
+        return prompt[:shared], chosen[shared:] + [self.eos_id], rejected[shared:] + [self.eos_id]
 
     def encode_whole(self, prompt, answer):
-        """Ids of prompt + answer, as `encode` gives them."""
+        """Ids of prompt + answer, without the EOS that the data or the chat template may write out."""
         if isinstance(prompt, str):
-            return self.encode(prompt + answer)
+            return self.encode(prompt + self.without_eos(answer))
         start = self.render(prompt, add_generation_prompt=True)
-        whole = self.render(prompt + [{"role": "assistant", "content": answer}], add_generation_prompt=False)
+        answer = {"role": "assistant", "content": self.without_eos(answer)}
+        whole = self.render([*prompt, answer], add_generation_prompt=False)
         if not whole.startswith(start):
             raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, so "
                              "the answer's tokens cannot be told from the prompt's; use another chat_template")
-        head, end, tail = whole.rpartition(self.variables["eos_token"] or "\0")
-        if end and len(head) >= len(start) and not tail.strip():             # the template's own EOS, and a newline
-            whole = head
-        return self.encode(whole, rendered=True)
+        return self.encode(start + self.without_eos(whole[len(start):]), rendered=True)
+
+    def without_eos(self, answer):
+        while answer.rstrip().endswith(self.eos):
+            answer = answer.rstrip()[:-len(self.eos)]
+        return answer
 
     def render(self, prompt, add_generation_prompt):
         import jinja2.sandbox                                                # comes with torch
@@ -303,47 +319,58 @@ class Tokenizer:
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(self.chat_template).render(
-                messages=prompt, add_generation_prompt=add_generation_prompt, **self.variables)
+                messages=prompt, add_generation_prompt=add_generation_prompt, bos_token=self.bos, eos_token=self.eos)
         except Exception as error:                                           # a template can raise anything
             raise ValueError(f"the chat template refused a dialogue ({error})") from None
 
 
 def encode_pairs(pairs, tokenizer, max_length):
-    """Pairs to rows (prompt_ids, chosen_ids, rejected_ids), and a report of what was kept, cut and dropped.
+    """Pairs to rows (prompt_ids, chosen_ids, rejected_ids); returns (rows, the pairs they come from, a report of
+    what was kept, cut and dropped, whose first line says it all).
 
     No sequence prompt + answer is longer than `max_length` tokens: a prompt loses its left side (BOS is kept),
-    an answer is never cut. Dropped are pairs that teach nothing or do not fit. ValueError if none is left.
+    an answer is never cut. Dropped are pairs that teach nothing or do not fit.
     """
-    rows, cut, dropped = [], 0, []
+    rows, kept, cut, dropped = [], [], 0, []
     for pair in pairs:
         reason = useless(pair)
         if reason is None:
-            prompt, chosen, rejected = tokenizer.encode_pair(pair)
-            bos = prompt[:1] if prompt[:1] == [tokenizer.bos_id] else []
-            room = max_length - max(len(chosen), len(rejected)) - len(bos)   # for the prompt after BOS
-            if len(prompt) == len(bos):
+            try:
+                prompt, chosen, rejected = tokenizer.encode_pair(pair)
+            except ValueError as error:
+                raise ValueError(f"{pair.origin}: {error}") from None
+            room = max_length - max(len(chosen), len(rejected))
+            bos = int(prompt[:1] == [tokenizer.bos_id])
+            if len(prompt) == bos:
                 reason = "no shared prompt"
             elif chosen == rejected:
                 reason = "identical answers"
             elif min(len(chosen), len(rejected)) == 1:                       # EOS alone
                 reason = "empty answer"
-            elif room < 1:
-                reason = "answer too long"
-            elif len(prompt) - len(bos) > room:
-                cut += 1
-                prompt = bos + prompt[len(prompt) - room:]
+            elif tokenizer.eos_id in chosen[:-1] + rejected[:-1]:
+                reason = "EOS inside an answer"
+            elif room < bos + 1:
+                reason = f"answer too long for {max_length} tokens"
         if reason is None:
-            rows.append((prompt, chosen, rejected))
+            cut += len(prompt) > room
+            rows.append((cut_left(prompt, room, tokenizer.bos_id), chosen, rejected))
+            kept.append(pair)
         else:
             dropped.append((reason, pair))
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for reason, _ in dropped).most_common())
-    if not rows:
-        raise ValueError(f"no usable pair is left of {len(pairs)}: {counts}")
     report = f"{len(pairs)} pairs: {len(rows)} kept ({cut} with the left side of the prompt cut to fit {max_length} " \
              f"tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: {pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"
-    return rows, report
+    return rows, kept, report
+
+
+def cut_left(prompt, room, bos_id):
+    """The last `room` tokens of a prompt, of which BOS stays the first."""
+    if len(prompt) <= room:
+        return prompt
+    bos = prompt[:1] if prompt[:1] == [bos_id] else []
+    return bos + prompt[len(prompt) - room + len(bos):]
 
 
 def useless(pair):
@@ -432,6 +459,8 @@ def batches(rows, batch_size, seed, start=0):
     """Endless batches of rows, each a list of `batch_size`: epoch after epoch in a new order, where one epoch's
     remainder opens the next batch, so that no row is left out. The order follows from the seed and the batch's
     number alone: `start` goes to any batch at once."""
+    if not rows or batch_size < 1:
+        raise ValueError(f"no batches of {batch_size} from {len(rows)} rows")
     place = start * batch_size
     while True:
         chosen = []

@@ -16,6 +16,7 @@ tokens    mean length of the answers, without EOS
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SafeWorld, Tokenizer, encode_pairs, load_pairs, micro_batches
+from data import SafeWorld, Tokenizer, cut_left, encode_pairs, load_pairs, micro_batches
 from iopo import preference_margin
 from model import Decoder, find_device, generate, response_logps
 
@@ -49,6 +50,9 @@ class Run:
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             model, adversaries = config["model"], config["n_nu"]
+            if not all(type(config[name]) in (str, type(None)) for name in ("model", "data")) or \
+                    not all(type(config[name]) is int for name in ("n_nu", "seed", "max_length", "eval_prompts")):
+                raise ValueError
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{folder}: no run of train.py (it has no readable config.json)") from None
         if not (folder / "protagonist").is_dir():
@@ -68,10 +72,6 @@ class Run:
 # ----------------------------------------------------------------------------------------------------------
 # What one model does
 
-def load(folder, options):
-    return Decoder.from_pretrained(folder).to(find_device(options.device)), Tokenizer.from_pretrained(folder)
-
-
 @torch.no_grad()
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
@@ -83,13 +83,15 @@ def pair_logps(model, rows, bar):
 
 
 def fit_prompts(prompts, tokenizer, context, new_tokens):
-    """Prompts to ids that leave room for an answer of new_tokens in the model's context, and a note on what was
-    cut: (ids, new_tokens, note)."""
-    room = max(1, min(new_tokens, context // 2))
+    """Prompts to ids that leave room for an answer of new_tokens in the model's context: (ids, new_tokens, note)."""
+    new_tokens, wanted = max(1, min(new_tokens, context // 2)), new_tokens
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    cut = sum(len(prompt) > context - room for prompt in ids)
-    note = f"{len(ids)} prompts: answers end at {room} tokens, {cut} prompts cut on the left to {context - room} tokens"
-    return [prompt[room - context:] for prompt in ids], room, note
+    room = context - new_tokens
+    cut = sum(len(prompt) > room for prompt in ids)
+    note = f"{len(ids)} prompts: answers end at {new_tokens} tokens, {cut} prompts cut on the left to {room} tokens"
+    if new_tokens < wanted:
+        note += f" (not {wanted}: the model has {context} positions)"
+    return [cut_left(prompt, room, tokenizer.bos_id) for prompt in ids], new_tokens, note
 
 
 def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
@@ -110,13 +112,18 @@ def examine(runs, options):
     """A JSON-able report on runs; the top of the file says what the numbers mean."""
     world, name, pairs, prompts = questions(runs, options)
     limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
-    prompts = prompts[:limit]
     results, notes = {}, []
-    with tqdm(total=sum(len(run.models) for run in runs) * (len(pairs) + 2 * len(prompts)), desc="evaluation") as bar:
-        for run in runs:
+    for run in runs:
+        tokenizer = same_tokenizer(run)
+        rows, kept, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
+        if not rows and options.data is not None:
+            raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
+        if prompts is None:                                        # the first run's; those of pairs that can be used
+            prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
+        prompts, total = prompts[:limit], len(run.models) * (len(rows) + 2 * len(prompts[:limit]))
+        with tqdm(total=total, desc=f"examining {run.name}") as bar:
             for label, folder in run.models.items():
-                model, tokenizer = load(folder, options)
-                rows, note = encode_exam(pairs, tokenizer, run.config["max_length"], required=options.data)
+                model = Decoder.from_pretrained(folder).to(find_device(options.device))
                 ids, length, prompt_note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
                                                        options.max_new_tokens)
                 notes += [note, prompt_note]
@@ -137,29 +144,25 @@ def examine(runs, options):
 
 
 def questions(runs, options):
-    """(the safe world or None, what is examined on, held-out pairs, held-out prompts)."""
+    """(the safe world or None, name of the data, held-out pairs, held-out prompts or None: those of the pairs)."""
     if options.data is not None:
-        name, pairs = options.data, load_pairs(options.data)
-    elif len({run.config["data"] for run in runs}) > 1:
+        return None, options.data, load_pairs(options.data), None
+    if len({run.config["data"] for run in runs}) > 1:
         raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
-    elif runs[0].config["data"] is not None:
-        name, pairs = f"{runs[0].config['data']}, held-out prompts", load_pairs(runs[0].config["data"], "test")
-    else:
-        world = SafeWorld()                                        # the same examination whatever seed trained a run
-        prompts = np.random.default_rng(0).permutation(world.prompts("test")).tolist()
-        return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), prompts
-    prompts = {json.dumps(pair.prompt): pair.prompt for pair in pairs if pair.prompt}
-    return None, name, pairs, list(prompts.values())
+    if runs[0].config["data"] is not None:
+        return None, f"{runs[0].config['data']}, held-out prompts", load_pairs(runs[0].config["data"], "test"), None
+    world = SafeWorld()                                            # the same examination whatever seed trained a run
+    prompts = np.random.default_rng(0).permutation(world.prompts("test")).tolist()
+    return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), prompts
 
 
-def encode_exam(pairs, tokenizer, max_length, required):
-    """encode_pairs, but a split without a usable pair is no error where the user did not ask for these pairs."""
-    try:
-        return encode_pairs(pairs, tokenizer, max_length)
-    except ValueError as error:
-        if required:
-            raise
-        return [], str(error)
+def same_tokenizer(run):
+    """The tokenizer of a run, which all its models must share: log-probabilities of other tokens do not compare."""
+    tokenizer = Tokenizer.from_pretrained(run.protagonist)
+    if Tokenizer.from_pretrained(run.start).files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:
+        raise ValueError(f"{run.start} has another tokenizer than {run.name}, so their margins cannot be compared; give "
+                         "--sft the model that the run started from")
+    return tokenizer
 
 
 def report_run(run, results, prompts, world):
@@ -257,18 +260,20 @@ def show_counts(counts):
 def converse(runs, options):
     """Every model's answer to one prompt."""
     for run in runs:
+        tokenizer = same_tokenizer(run)
+        prompt = options.prompt
+        if run.config["model"] is None:
+            prompt = prompt.rstrip("\n") + "\n"                    # how the safe world's prompts end
+        elif tokenizer.chat_template is not None:
+            prompt = [{"role": "user", "content": prompt}]
         for label, folder in run.models.items():
-            model, tokenizer = load(folder, options)
-            prompt = options.prompt
-            if run.config["model"] is None:
-                prompt = prompt.rstrip("\n") + "\n"                # how the safe world's prompts end
-            elif tokenizer.chat_template is not None:
-                prompt = [{"role": "user", "content": prompt}]
-            ids, length, _ = fit_prompts([prompt], tokenizer, model.config.max_position_embeddings,
-                                         options.max_new_tokens)
+            model = Decoder.from_pretrained(folder).to(find_device(options.device))
+            ids, length, note = fit_prompts([prompt], tokenizer, model.config.max_position_embeddings,
+                                            options.max_new_tokens)
             with tqdm(disable=True) as bar:
                 [(text, _)] = answer(model, tokenizer, ids, length, options.temperature, options.seed, bar)
             print(f"{run.name} {label}: {text}")
+        print(f"{run.name}: {note}", file=sys.stderr)
 
 
 def parse_arguments(arguments):
@@ -295,8 +300,10 @@ def parse_arguments(arguments):
         raise ValueError(f"--temperature must be finite and at least 0, not {options.temperature}")
     for flag, value, least in (("--prompts", options.prompts, 0), ("--max-new-tokens", options.max_new_tokens, 1),
                                ("--seed", options.seed, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{flag} must be at least {least}, not {value}")
+        if value is not None and not least <= value < 2**63:
+            raise ValueError(f"{flag} must be at least {least} and below 2^63, not {value}")
+    if re.search("[\ud800-\udfff]", options.prompt or ""):
+        raise ValueError("--prompt holds bytes that are not UTF-8")
     if options.prompt is not None and (options.json or options.data or options.prompts is not None):
         raise ValueError("--prompt answers that one prompt; leave out --json, --data and --prompts")
     return options
@@ -319,4 +326,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")              # a terminal may lack a character
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -46,35 +46,44 @@ class DecoderConfig:
     @classmethod
     def from_json(cls, path):
         """Read a config.json; ValueError where it describes something this decoder would compute wrongly."""
-        raw = read_json(path)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # transformers 5 | 4
-        refused = {"model_type": raw.get("model_type") != "llama",
-                   "hidden_act": raw.get("hidden_act", "silu") != "silu",
-                   "rope_scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-                   "attention_bias": raw.get("attention_bias", False),
-                   "mlp_bias": raw.get("mlp_bias", False)}
-        for name, wrong in refused.items():
-            if wrong:
-                value = rope if name == "rope_scaling" else raw.get(name)
-                raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute; it reads plain "
-                                 "Llama models (silu, no biases, unscaled rotary positions)")
-        heads, eos = raw.get("num_attention_heads"), raw.get("eos_token_id")
-        known = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        raw = {name: value for name, value in read_json(path).items() if value is not None}
+        rope = {}
+        for name in ("rope_scaling", "rope_parameters"):                        # as transformers 4 and 5 spell it
+            value = raw.get(name) or {}
+            if not isinstance(value, dict) or value.get("rope_type", value.get("type", "default")) != "default":
+                raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
+            rope |= value
+        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        for name, value in {"model_type": None, **plain, **raw}.items():
+            if value != {"model_type": "llama", **plain}.get(name, value):
+                raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
         try:
-            known |= {"num_key_value_heads": raw.get("num_key_value_heads") or heads,
-                      "head_dim": raw.get("head_dim") or raw["hidden_size"] // heads,
-                      "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+            heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
+            known.setdefault("num_key_value_heads", heads)
+            known.setdefault("head_dim", raw["hidden_size"] // heads)
+            known |= {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
                       "eos_token_id": tuple(eos) if isinstance(eos, list) else eos}
             config = cls(**known)
-            for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                         "num_key_value_heads", "head_dim", "max_position_embeddings"):
-                if not isinstance(getattr(config, name), int) or getattr(config, name) < 1:
-                    raise ValueError(f"{name} is {getattr(config, name)!r}, not a positive whole number")
-            if config.head_dim % 2 or config.num_attention_heads % config.num_key_value_heads:
-                raise ValueError("the head size must be even, the heads a multiple of the key/value heads")
+            config.check()
             return config
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path}: not the config of a Llama model (it has no {error.args[0]})") from None
+        except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: not the config of a Llama model ({error})") from None
+
+    def check(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive number")
+        if type(self.tie_word_embeddings) is not bool:
+            raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false")
+        if self.head_dim % 2 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("the head size must be even, the heads a multiple of the key/value heads")
 
     def to_json(self, path, dtype):
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -238,21 +247,26 @@ class Decoder(nn.Module):
         for path in weight_files(folder):
             try:
                 with safetensors.safe_open(path, framework="pt") as shard:
-                    tensors |= {name: shard.get_tensor(name) for name in shard.keys()}
+                    for name in shard.keys():
+                        if name in tensors:
+                            raise ValueError(f"{path}: tensor {name} is in another shard too")
+                        tensors[name] = shard.get_tensor(name)
             except (OSError, safetensors.SafetensorError) as error:
                 raise ValueError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from None
-        if config.tie_word_embeddings and "lm_head.weight" in tensors:          # some tied checkpoints store it twice
-            if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.embed_tokens.weight"]):
-                raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
+        head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
         for name in sorted(expected.keys() ^ tensors.keys()):
             problem = "missing" if name in expected else "not part of this model"
             raise ValueError(f"{folder}: tensor {name} is {problem}")
-        for name, shape in expected.items():
-            if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                raise ValueError(f"{folder}: tensor {name} is {tensors[name].dtype}; quantised weights are not read")
-            if tensors[name].shape != shape:
-                raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(shape)} "
-                                 "as config.json says")
+        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):     # some store it twice
+            raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+                raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}; quantised weights are not read")
+            if tensor.shape != expected[name]:
+                raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, but config.json says "
+                                 f"{tuple(expected[name])}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{folder}: tensor {name} holds values that are not finite")
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
         return model
 
@@ -274,9 +288,10 @@ def weight_files(folder):
     if not index.is_file():
         raise ValueError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
-        raise ValueError(f"{index}: weight_map must name files of this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    names = names.values() if isinstance(names, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in names):
+        raise ValueError(f"{index}: weight_map must map tensors to .safetensors files of this folder")
+    return [folder / name for name in sorted(set(names))]
 
 
 def causal(attention_mask, T):
@@ -301,6 +316,8 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are known")
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
@@ -336,8 +353,8 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     """
     if not all(prompts):
         raise ValueError("a prompt without tokens cannot be continued")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, not {temperature}")
+    if temperature < 0 or max_new_tokens < 0:
+        raise ValueError(f"temperature {temperature} and max_new_tokens {max_new_tokens} must be at least 0")
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
     device = model.device
@@ -358,6 +375,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
         if temperature == 0:
             next_ids = logits.argmax(dim=-1)                                                        # (B,)
         else:
+            logits -= logits.max(dim=-1, keepdim=True).values      # so that a tiny temperature does not overflow
             probabilities = torch.softmax(logits / temperature, dim=-1)
             next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]               # (B,)
         going = ~torch.isin(next_ids, stop)                                                         # (B,)

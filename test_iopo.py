@@ -518,11 +518,19 @@ BROKEN_MODELS = {
                   "model.safetensors: cannot be read"),
     "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
     "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type is 'gpt2'"),
-    "scaled rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_scaling is"),
+    "scaled rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_parameters is"),
+    "old scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear"}), "rope_scaling is"),
+    "rope is text": (lambda f: edit_json(f / "config.json", rope_scaling="linear"), "rope_scaling is 'linear'"),
+    "text for a number": (lambda f: edit_json(f / "config.json", rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
+    "text for a truth": (lambda f: edit_json(f / "config.json", tie_word_embeddings="false"), "neither true nor false"),
+    "not a number": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan"))),
+                     "model.norm.weight holds values that are not finite"),
+    "index out of the folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../model.safetensors"}}')), "files of this folder"),
     "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias is True"),
     "no size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size"),
     "text for a size": (lambda f: edit_json(f / "config.json", vocab_size="53"), "vocab_size is '53'"),
-    "other size": (lambda f: edit_json(f / "config.json", vocab_size=54), "has shape (53, 32), not (54, 32)"),
+    "other size": (lambda f: edit_json(f / "config.json", vocab_size=54), "has shape (53, 32), but config.json says (54, 32)"),
     "missing": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.pop("model.norm.weight")),
                 "tensor model.norm.weight is missing"),
     "unexpected": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))),
@@ -567,6 +575,10 @@ ROWS = [
     ({"prompt": "ignored", "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
      Pair(TALK, "x", "y")),
     ({"prompt": TALK, "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
+    ({"prompt": TALK, "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
+     Pair(TALK, "x", "y")),
+    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
+     Pair("", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no")),
 ]
 
 
@@ -613,6 +625,8 @@ BAD_FILES = {
     "latin-1 json": ("pairs.json", b"[\n" + GOOD.replace(b'"p"', b'"\xe9"') + b"]", "line 2: not UTF-8"),
     "surrogate": ("pairs.jsonl", GOOD.replace(b'"p"', b'"\\ud800"'), "line 1: prompt holds half a character"),
     "not gzip": ("pairs.jsonl.gz", GOOD, "cannot be read"),
+    "long number": ("pairs.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: JSON that cannot be read"),
+    "deep": ("pairs.json", b"[" * 100000, "line 1: "),
     "cut gzip": ("pairs.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "cannot be read"),
 }
 
@@ -651,7 +665,7 @@ def test_answers_end_in_one_eos_and_bos_comes_once(post, bos):
     assert tokenizer.encode_pair(Pair("c ", "d", "a d")) == (bos + [6, 8], [7, 1], [3, 8, 7, 1])
     assert tokenizer.encode_prompt("c ") == bos + [6, 8]
     # the data write EOS out: still one
-    assert tokenizer.encode_pair(Pair("c ", "d</s>", "a</s></s>")) == (bos + [6, 8], [7, 1], [3, 1])
+    assert tokenizer.encode_pair(Pair("c ", "d</s>\n", "a</s></s>")) == (bos + [6, 8], [7, 1], [3, 1])
     # a token that straddles the seam belongs to the answers
     assert tokenizer.encode_pair(Pair("ca", "b", "d")) == (bos + [6], [5, 1], [3, 7, 1])
     assert tokenizer.encode_pair(Pair("ca", "bd", "bx")) == (bos + [6], [5, 7, 1], [5, 9, 1])
@@ -676,8 +690,15 @@ def test_special_tokens_of_the_model():
     assert (several.eos_id, several.eos_ids) == (1, (1, 13))
     bare = {"tokenizer.json": files["tokenizer.json"]}
     assert Tokenizer(bare, model_eos=13).eos_ids == (13,)
-    with pytest.raises(ValueError, match="eos"):
-        Tokenizer(bare)
+    assert Tokenizer({**bare, "special_tokens_map.json": b'{"eos_token": {"content": "<|im_end|>"}}'}).eos_ids == (13,)
+    bos_by_itself = Tokenizer({"tokenizer.json": word_tokenizer("<s> $A </s>").files["tokenizer.json"]}, model_eos=1)
+    assert bos_by_itself.bos_id == 0 and bos_by_itself.encode("c") == [0, 6]
+    for files, words in ((bare, "eos"), ({**bare, "tokenizer_config.json": b'{"eos_token": "<nope>"}'}, "<nope>"),
+                         ({**bare, "generation_config.json": b'{"eos_token_id": "2"}'}, "whole number"),
+                         ({**bare, "generation_config.json": b"[]"}, "generation_config.json"),
+                         ({"tokenizer.json": b"{}"}, "tokenizer.json")):
+        with pytest.raises(ValueError, match=words):
+            Tokenizer(files)
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -701,16 +722,15 @@ def test_chat_template():
 def test_useless_and_long_pairs():
     pairs = [Pair("c", "d", "x"), Pair("c", "d", "d</s>"), Pair("c", " ", "x"), Pair("c", "</s>", "x"), Pair("", "d", "x"),
              Pair("c", "d" * 9, "x", "somewhere"), Pair("cdcdcd", "ddd", "xx"), Pair("cdcdcd", "d" * 7, "x"),
-             Pair("cdcdcd", "d" * 8, "x")]
-    rows, report = encode_pairs(pairs, word_tokenizer("<s> $A"), max_length=9)
+             Pair("cdcdcd", "d" * 8, "x"), Pair("c", "d</s>x", "x")]
+    rows, kept, report = encode_pairs(pairs, word_tokenizer("<s> $A"), max_length=9)
+    assert kept == [pairs[0], pairs[6]]
     assert rows == [([0, 6], [7, 1], [9, 1]),                      # untouched
                     ([0, 6, 7, 6, 7], [7, 7, 7, 1], [9, 9, 1])]    # BOS and the last four of six
-    assert report.startswith("9 pairs: 2 kept (1 with")
-    for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long"):
-        assert part in report
+    assert report.startswith("10 pairs: 2 kept (1 with")
+    for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long", "1 EOS inside"):
+        assert part in report.splitlines()[0]
     assert report.count("\n  dropped, ") == 3
-    with pytest.raises(ValueError, match="no usable pair is left of 1: 1 identical answers"):
-        encode_pairs([Pair("c", "d", "d")], word_tokenizer(), 9)
 
 
 # Batches
@@ -878,7 +898,7 @@ def test_dpo_bit_for_bit_against_a_loop_of_its_own(tmp_path):
     assert same(dpo, iopo_run)
 
     policy, ref = (Decoder.from_pretrained(tmp_path / "dpo/sft") for _ in range(2))
-    rows, _ = encode_pairs(SafeWorld(0).pairs("train", 60), SafeWorld.tokenizer(), 64)
+    rows, _, _ = encode_pairs(SafeWorld(0).pairs("train", 60), SafeWorld.tokenizer(), 64)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     for number in range(4):
         chosen = [np.random.default_rng([0, 0]).permutation(60)[k] for k in range(8 * number, 8 * number + 8)]
@@ -1026,6 +1046,29 @@ def test_resume_without_a_run_starts_one(tmp_path):
     assert (tmp_path / "new/protagonist/model.safetensors").exists()
 
 
+@pytest.mark.parametrize("damage,word", [
+    (lambda run: (run / "config.json").write_bytes(b""), "config.json"),
+    (lambda run: edit_json(run / "config.json", lr=None), "--lr"),
+    (lambda run: edit_json(run / "config.json", method="mine"), "--method"),
+    (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
+    (lambda run: edit_json(run / "config.json", n_iter=1), "step 14"),
+    (lambda run: (run / "checkpoint/state.pt").write_bytes((run / "checkpoint/state.pt").read_bytes()[:5000]), "state.pt"),
+    (lambda run: torch.save([1], run / "checkpoint/state.pt"), "state.pt"),
+    (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl")])
+def test_damaged_runs_are_not_resumed(damage, word, tmp_path, capsys):
+    run(tmp_path / "run")
+    (tmp_path / "run/protagonist").rename(tmp_path / "away")       # as if killed before the players were saved
+    damage(tmp_path / "run")
+    capsys.readouterr()
+    assert word in refused(train.main, ["--out", str(tmp_path / "run"), "--resume"], capsys)
+
+
+def test_a_run_killed_before_it_had_a_config_starts_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.partial").write_bytes(b"{")
+    run(tmp_path / "run", "--resume")
+
+
 def test_other_training_pairs_are_noticed(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run")
     for player in ("protagonist", "adversary"):
@@ -1079,7 +1122,8 @@ def refused(main, arguments, capsys):
     ("--method dpo --eps 0.2", "--eps"), ("--method dpo --n-nu 3", "--n-nu"), ("--method dpo --adversary same", "--adversary"),
     ("--method sft --beta 0.2", "--beta"), ("--method kto_pair --micro-tokens 9", "--micro-tokens"),
     ("--alpha 0.1", "--alpha"), ("--ratio one --eps 0.2", "--eps"), ("--clip none --eps 0.2", "--eps"),
-    ("--n-nu 0 --adversary same", "--adversary"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+    ("--n-nu 0 --adversary same", "--adversary"), ("--n-iter 0 --lr 0.1", "--lr"), ("--n-mu 0 --n-nu 0 --beta 0.2", "--beta"),
+    ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
 def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in refused(train.main, flags.split(), capsys)
@@ -1119,13 +1163,15 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "talk.jsonl").write_text(json.dumps({"chosen": TALK + [turn("assistant", "x")],
                                                      "rejected": TALK + [turn("assistant", "y")]}))
     (tmp_path / "empty").mkdir()
+    edit_json(model_folder(tmp_path / "stop") / "generation_config.json", eos_token_id=[1, 99999])
     small = model_folder(tmp_path / "small")
     Decoder(tiny_config(vocab_size=20)).save_pretrained(small)
     before = sorted(tmp_path.rglob("*"))
     for model, file, words in (("model", "bad.jsonl", "bad.jsonl, line 2: has no rejected"), ("model", "gone.json", "gone.json"),
-                               ("model", "same.jsonl", "1 identical answers"), ("model", "talk.jsonl", "chat_template"),
+                               ("model", "same.jsonl", "same.jsonl: no usable pair is left"), ("model", "talk.jsonl", "talk.jsonl, line 1: the data are chat messages"),
                                ("empty", "good.jsonl", "empty"), ("gone", "good.jsonl", "gone"),
-                               ("small", "good.jsonl", "the embeddings only 20 rows")):
+                               ("small", "good.jsonl", "the embeddings have only 20 rows"),
+                               ("stop", "good.jsonl", "eos is 99999")):
         assert words in refused(train.main, ["--model", model, "--data", file], capsys)
     (tmp_path / "model/tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refused(train.main, ["--model", "model", "--data", "good.jsonl"], capsys)
@@ -1148,7 +1194,7 @@ def test_own_model_and_data(tmp_path, capsys):
     report, = json.loads(capsys.readouterr().out)["runs"]
     assert report["win"] is None and report["accuracy"] is not None
 
-    rows, _ = encode_pairs(load_pairs(tmp_path / "pairs.jsonl"), SafeWorld.tokenizer(), 128)
+    rows, _, _ = encode_pairs(load_pairs(tmp_path / "pairs.jsonl"), SafeWorld.tokenizer(), 128)
     columns = {}
     for name, folder in (("start", tmp_path / "model"), ("mu", out / "protagonist"), ("nu", out / "adversary")):
         with torch.no_grad():
@@ -1185,6 +1231,19 @@ def test_examination(tmp_path, capsys):
     examination.main([flags[0], "--sft", str(tmp_path / "a/adversary"), "--json", "--prompts", "1"])
     other = json.loads(capsys.readouterr().out)["runs"][0]
     assert other["margin_vs_sft"] == pytest.approx(a["margin_vs_env"], abs=1e-7)
+    stranger = model_folder(tmp_path / "stranger")
+    (stranger / "tokenizer.json").write_bytes(word_tokenizer().files["tokenizer.json"])
+    assert "another tokenizer" in refused(examination.main, [flags[0], "--sft", str(stranger)], capsys)
+    assert "--temperature" in refused(examination.main, [flags[0], "--temperature", "nan"], capsys)
+    assert "--prompt" in refused(examination.main, [flags[0], "--prompt", "a\udcff"], capsys)
+
+
+def test_prompts_too_long_for_the_context_are_cut_and_counted():
+    ids, new_tokens, note = examination.fit_prompts(["c", "cdcdcdcd"], word_tokenizer("<s> $A"), context=8, new_tokens=3)
+    assert ids == [[0, 6], [0, 6, 7, 6, 7]] and new_tokens == 3
+    assert "1 prompts cut on the left to 5 tokens" in note
+    ids, new_tokens, _ = examination.fit_prompts(["cdcdcdcd"], word_tokenizer("<s> $A"), context=8, new_tokens=50)
+    assert len(ids[0]) + new_tokens == 8 and new_tokens == 4
 
 
 def test_win_tie_lose_bad_by_hand():
@@ -1258,7 +1317,7 @@ def test_a_real_checkpoint_tells_its_story():
 def test_real_dialogues_keep_prompt_and_answer():
     tokenizer, pairs = Tokenizer.from_pretrained(STORIES), load_pairs(HH)
     assert len(pairs) == 1500 and sum(pair.prompt == "" for pair in pairs) == 3
-    rows, report = encode_pairs(pairs[:300], tokenizer, 512)
+    rows, _, report = encode_pairs(pairs[:300], tokenizer, 512)
     assert max(len(p) + max(len(w), len(l)) for p, w, l in rows) <= 512
     whole = {tokenizer.decode(tokenizer.encode(pair.prompt + pair.chosen)) for pair in pairs[:300]}
     untouched = 0

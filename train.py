@@ -19,7 +19,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import shutil
 import sys
 import typing
@@ -117,7 +116,7 @@ def parse_arguments(arguments):
         default = "" if field.default is None else f" (default {field.default})"
         if "world" in field.metadata:
             default = " (default {world} in the safe world, with --model {own})".format(**field.metadata)
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
+        parser.add_argument(flag_of(field.name), type=kind, choices=field.metadata.get("choices"),
                             metavar=None if "choices" in field.metadata else kind.__name__.upper(),
                             help=field.metadata["help"].replace("%", "%%") + default)
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or begin it")
@@ -126,42 +125,60 @@ def parse_arguments(arguments):
 
 
 def make_config(given):
-    """Config from the options given. Refuses what is out of range, and what the method would ignore."""
+    """Config from the options given, with every None resolved that needs no look at the model."""
     config = Config(**given)
-    for field in dataclasses.fields(Config):
-        value, flag, limits = getattr(config, field.name), "--" + field.name.replace("_", "-"), field.metadata
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Refused(f"{flag} must be finite, not {value}")
-        for name, (right, words) in LIMITS.items():
-            if value is not None and name in limits and not right(value, limits[name]):
-                raise Refused(f"{flag} must be {words} {limits[name]}, not {value}")
-    if config.data is not None and config.model is None:
-        raise Refused("--data needs --model: the safe world's model knows no other text")
-    if config.model is not None and config.data is None:
-        raise Refused("--model needs --data: the safe world brings its own model")
-
-    method = METHODS[config.method]
-    ignored = {name: f"--method {config.method}" for name in method.fixed}
-    ignored |= {name: f"--method {config.method}" for loss in LOSSES.values() for name in keywords(loss)
-                if name not in keywords(LOSSES[method.loss])}
-    config = dataclasses.replace(config, **method.fixed)
-    if config.n_nu == 0:
-        ignored.setdefault("adversary", "--n-nu 0")
-    if config.ratio == "one":
-        ignored |= {"eps": "--ratio one", "clip": "--ratio one"}
-    if config.clip == "none":
-        ignored.setdefault("eps", "--clip none")
-    for name in given:
-        if name in ignored:
-            raise Refused(f"--{name.replace('_', '-')} has no effect with {ignored[name]}; leave it out")
-
+    check_values(config)
+    config = dataclasses.replace(config, **METHODS[config.method].fixed)
+    check_use(config, given)
     where = "world" if config.model is None else "own"
     for field in dataclasses.fields(Config):
         if getattr(config, field.name) is None and isinstance(field.metadata.get(where), (int, float)):
             setattr(config, field.name, field.metadata[where])
-    if config.sft_steps == 0 and "sft_lr" in given:
-        raise Refused("--sft-lr has no effect without --sft-steps; leave it out")
     return config
+
+
+def check_values(config):
+    """Refuse values of a wrong type or out of range."""
+    for field in dataclasses.fields(Config):
+        value, flag, limits = getattr(config, field.name), flag_of(field.name), field.metadata
+        kinds = typing.get_args(field.type) or (field.type,)
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            raise Refused(f"{flag} cannot be {value!r}")
+        if value is None:
+            continue
+        if "choices" in limits and value not in limits["choices"]:
+            raise Refused(f"{flag} must be one of {', '.join(limits['choices'])}, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refused(f"{flag} must be finite, not {value}")
+        for name, (right, words) in LIMITS.items():
+            if name in limits and not right(value, limits[name]):
+                raise Refused(f"{flag} must be {words} {limits[name]}, not {value}")
+
+
+def check_use(config, given):
+    """Refuse options that would be ignored, and halves of a pair."""
+    if config.data is not None and config.model is None:
+        raise Refused("--data needs --model: the safe world's model knows no other text")
+    if config.model is not None and config.data is None:
+        raise Refused("--model needs --data: the safe world brings its own model")
+    method = METHODS[config.method]
+    every = {name for loss in LOSSES.values() for name in keywords(loss)}
+    ignored = dict.fromkeys([*method.fixed, *(every - set(keywords(LOSSES[method.loss])))], f"--method {config.method}")
+    for reason, holds, names in (
+            ("--n-nu 0", config.n_nu == 0, ["adversary"]),
+            ("--ratio one", config.ratio == "one", ["clip", "eps"]),
+            ("--clip none", config.clip == "none", ["eps"]),
+            ("--n-iter 0", config.n_iter == 0, ["n_mu", "n_nu", "lr", "adversary", *every]),
+            ("--n-mu 0 and no adversary", config.n_mu == config.n_nu == 0, ["n_iter", "lr", *every]),
+            ("no SFT (--sft-steps)", not config.sft_steps and (config.model or config.sft_steps == 0), ["sft_lr"])):
+        ignored |= dict.fromkeys(names, reason) if holds else {}
+    for name in given:
+        if name in ignored:
+            raise Refused(f"{flag_of(name)} has no effect with {ignored[name]}; leave it out")
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
 
 
 def keywords(loss):
@@ -182,6 +199,7 @@ class Job:
 
 
 def prepare(config):
+    held_out = []
     if config.model is None:
         world = SafeWorld(config.seed)
         pairs, tokenizer = world.pairs("train", WORLD_PAIRS), world.tokenizer()
@@ -189,19 +207,27 @@ def prepare(config):
         model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
                                       bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
     else:
-        pairs = load_pairs(config.data, "train")
+        pairs, held_out = load_pairs(config.data, "train"), load_pairs(config.data, "test")
         tokenizer = Tokenizer.from_pretrained(config.model)
         model = Decoder.from_pretrained(config.model)
-    if tokenizer.largest_id >= model.config.vocab_size:
-        raise ValueError(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the embeddings only "
-                      f"{model.config.vocab_size} rows; tokenizer and weights do not belong together")
+    for number, what in ((tokenizer.largest_id, "the tokenizer has ids up to"), (max(tokenizer.eos_ids), "eos is")):
+        if number >= model.config.vocab_size:
+            raise Refused(f"{config.model}: {what} {number}, the embeddings have only {model.config.vocab_size} rows; "
+                          "tokenizer and weights do not belong together")
+    if min(tokenizer.eos_ids) < 0:
+        raise Refused(f"{config.model}: an eos_token_id is {min(tokenizer.eos_ids)}, not an id")
     context = model.config.max_position_embeddings
     if config.max_length is None:
         config.max_length = min(context, 1024)
     if config.max_length > context:
-        raise ValueError(f"--max-length {config.max_length} is more than the model's {context} positions")
-    rows, report = encode_pairs(pairs, tokenizer, config.max_length)
-    print(f"training pairs: {report}", flush=True)
+        raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
+    rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
+    if not rows:
+        raise Refused(f"{config.data}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
+                      f"{len(held_out)} held out")
+    print(f"training pairs: {report}")
+    if config.data is not None:
+        print(f"held out, one prompt in twenty: {encode_pairs(held_out, tokenizer, config.max_length)[2]}")
     return Job(config, model.to(find_device(config.device)), tokenizer, rows)
 
 
@@ -221,6 +247,8 @@ def train(job):
         fingerprint.update(repr(row).encode())
     fingerprint = fingerprint.hexdigest()
     done = load_checkpoint(out, players, optimizers, fingerprint)
+    if done > len(schedule):
+        raise Refused(f"{out}: the checkpoint is at step {done}, but the run in config.json has {len(schedule)}")
     # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
     sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
     streams = {player: batches(sft_rows if player == "sft" else job.rows, config.batch_size, config.seed,
@@ -290,7 +318,7 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
         columns.append((losses, *logps, *env_logps, batch.rejected_lengths))
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
     if not grad_norm.isfinite():
-        raise FloatingPointError("the gradient is not finite; try a smaller --lr (the last checkpoint is whole)")
+        raise FloatingPointError("the gradient is not finite, so the run stops before this step; try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     columns = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*columns)]
@@ -340,33 +368,43 @@ def save_checkpoint(out, step, players, optimizers, fingerprint):
 
 def load_checkpoint(out, players, optimizers, fingerprint):
     """Steps done; 0 where there is no checkpoint."""
-    if not (out / "checkpoint" / "state.pt").exists():
+    path = out / "checkpoint" / "state.pt"
+    if not path.exists():
         return 0
     try:
-        state = torch.load(out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise Refused(f"{out / 'checkpoint' / 'state.pt'}: cannot be read ({error}); the file is damaged") from None
-    if state["data"] != fingerprint:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        same_pairs, step = state["data"] == fingerprint, state["step"]
+        for name, player in players.items():
+            player.load_state_dict(state["players"][name])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    except Exception:                                              # a damaged file can raise anything
+        raise Refused(f"{path}: no checkpoint of this run, or a damaged one; resume needs it whole") from None
+    if not same_pairs:
         raise Refused(f"{out}: the training pairs are not those the run began with; resume needs the same data")
-    for name, player in players.items():
-        player.load_state_dict(state["players"][name])
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    return state["step"]
+    return step
 
 
 def open_metrics(out, done):
     """metrics.jsonl, cut back to the steps that the checkpoint has."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True)[:done] if path.exists() else []
-    (out / "metrics.jsonl.partial").write_text("".join(lines))
-    os.replace(out / "metrics.jsonl.partial", path)
+    lines = path.read_bytes().splitlines(keepends=True)[:done] if path.exists() else []
+    if len(lines) < done:
+        raise Refused(f"{path}: has {len(lines)} lines, but the checkpoint is at step {done}; resume needs both whole")
+    replace_file(path, b"".join(lines))
     return path.open("a")
+
+
+def replace_file(path, content):
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def is_finished(config):
     out = Path(config.out)
-    return (out / "protagonist").exists() and (config.n_nu == 0 or (out / "adversary").exists())
+    return (out / "protagonist").is_dir() and (config.n_nu == 0 or (out / "adversary").is_dir())
 
 
 def choose_folder(given, resume):
@@ -378,14 +416,20 @@ def choose_folder(given, resume):
         numbered = (name.with_name(f"{name.name}-{number}") for number in range(1, sys.maxsize))
         return next(str(folder) for folder in numbered if not folder.exists()), None
     out = Path(given["out"])
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or out.is_dir() and not any(path.suffix != ".partial" for path in out.iterdir()):
         return given["out"], None
     if not resume:
         raise Refused(f"--out {out} exists and is not empty; choose another one, or go on with it by --resume")
     try:
-        return given["out"], Config(**json.loads((out / "config.json").read_text()))
+        config = Config(**json.loads((out / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
-        raise Refused(f"--out {out} is no run that --resume could go on with: it has no readable config.json") from None
+        raise Refused(f"--out {out} is no run that --resume could go on with: no readable config.json") from None
+    check_values(config)
+    for field in dataclasses.fields(Config):
+        if getattr(config, field.name) is None and "world" in field.metadata:
+            raise Refused(f"{out / 'config.json'}: {flag_of(field.name)} is missing")
+    check_use(config, {name: value for name, value in given.items() if name != "out"})
+    return given["out"], config
 
 
 def main(arguments=None):
@@ -395,19 +439,19 @@ def main(arguments=None):
         config = dataclasses.replace(before or make_config(given), out=out)
         for name, value in given.items():
             if value != getattr(config, name):
-                raise Refused(f"--{name.replace('_', '-')} {value} differs from the run in {out}, which has "
-                              f"{getattr(config, name)}")
+                raise Refused(f"{flag_of(name)} {value} differs from the run in {out}: it has {getattr(config, name)}")
         if before and is_finished(config):
             print(f"{out} is finished; nothing to do")
             return
         job = prepare(config)
+        print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
         Path(out).mkdir(parents=True, exist_ok=True)
+        if before is None:
+            replace_file(Path(out) / "config.json", (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
     except (ValueError, OSError) as error:                         # a sentence for the user; bugs raise other things
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
-    (Path(out) / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
     try:
         train(job)
         del job                                                    # eval.py loads one model at a time
@@ -418,8 +462,12 @@ def main(arguments=None):
         raise SystemExit(2 if isinstance(error, Refused) else 1) from None
 
     import eval                                                    # the closing table
-    eval.main([str(out)])
+    eval.main(["--device", config.device, "--", str(out)])
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="backslashreplace")              # a terminal may lack a character
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
