@@ -53,8 +53,8 @@ METHODS = {"iopo": Method("iopo", {}),
            "sft": Method("sft", {"n_nu": 0}, env=False)}
 
 WORLD_PAIRS = 3000
-WORLD_MODEL = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                   num_key_value_heads=2, head_dim=24, max_position_embeddings=128)
+WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=16, max_position_embeddings=128)
 
 
 LIMITS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
