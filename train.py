@@ -242,17 +242,15 @@ def train(job):
     players = {"protagonist": job.model, "adversary": copy.deepcopy(job.model)}
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
-    fingerprint = hashlib.sha256()
-    for row in job.rows:
-        fingerprint.update(repr(row).encode())
-    fingerprint = fingerprint.hexdigest()
+    fingerprint = fingerprint_of(job.rows)
     done = load_checkpoint(out, players, optimizers, fingerprint)
     if done > len(schedule):
         raise Refused(f"{out}: the checkpoint is at step {done}, but the run in config.json has {len(schedule)}")
     # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
     sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
-    streams = {player: batches(sft_rows if player == "sft" else job.rows, config.batch_size, config.seed,
-                               start=sum(player == other for _, other in schedule[:done])) for player in optimizers}
+    streams = {player: batches(sft_rows if player == "sft" or method.loss == "sft" else job.rows, config.batch_size,
+                               config.seed, start=sum(player == other for _, other in schedule[:done]))
+               for player in optimizers}
     if done == 0 and config.model is None and config.sft_steps == 0:        # a start that is nowhere else on disk
         save_player(out / "sft", job.model, tokenizer)
 
@@ -354,6 +352,13 @@ def save_player(folder, model, tokenizer):
     model.save_pretrained(partial)
     tokenizer.save(partial)
     partial.rename(folder)
+
+
+def fingerprint_of(rows):
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def save_checkpoint(out, step, players, optimizers, fingerprint):
