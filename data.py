@@ -127,8 +127,8 @@ def parse_row(row, origin):
             raise ValueError(f"{origin}: has no {name}; a row needs chosen and rejected")
     if isinstance(row["chosen"], list):
         chosen, rejected = messages(row, "chosen", origin), messages(row, "rejected", origin)
-        turns = messages(row, "prompt", origin) if isinstance(row.get("prompt"), list) else []
-        shared = chosen[:-1] if chosen[:len(turns)] == turns else turns + chosen[:-1]       # chosen may repeat them
+        before = messages(row, "prompt", origin) if isinstance(row.get("prompt"), list) else []
+        shared = chosen[:-1] if chosen[:len(before)] == before else before + chosen[:-1]    # chosen may repeat them
         prompt = shared if chosen[:-1] == rejected[:-1] else []
         return Pair(prompt, answer_of(chosen, "chosen", origin), answer_of(rejected, "rejected", origin), origin)
     chosen, rejected = text(row, "chosen", origin), text(row, "rejected", origin)
@@ -191,7 +191,8 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json cannot be read ({error})") from None
         self.backend.no_truncation()                                         # a limit stored there would cut in silence
         self.backend.no_padding()
-        generation, special, config = (read_object(name, files.get(name, b"{}")) for name in self.FILES[1:4])
+        generation, special, config = (read_object(name, files.get(name, b"{}")) for name in (
+            "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"))
         tokens = special | {name: value for name, value in config.items() if value is not None}
         self.bos, self.bos_id = self.special_token(tokens.get("bos_token"))
         eos, eos_id = self.special_token(tokens.get("eos_token"))
@@ -358,8 +359,8 @@ def encode_pairs(pairs, tokenizer, max_length):
         else:
             dropped.append((reason, pair))
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for reason, _ in dropped).most_common())
-    report = f"{len(pairs)} pairs: {len(rows)} kept ({cut} with the left side of the prompt cut to fit {max_length} " \
-             f"tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
+    report = f"{len(rows)} of {len(pairs)} pairs kept ({cut} with the left side of the prompt cut to fit " \
+             f"{max_length} tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: {pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"
     return rows, kept, report
@@ -391,7 +392,11 @@ class PairBatch:
 
     Both answers go on at the position after the prompt, and neither sees the other, so a row computes what two
     plain rows would, but the prompt once. An answer's last token (EOS) predicts nothing and is no input. The
-    2B answers, first all chosen, then all rejected, are padded to R tokens.
+    2B answers, first all chosen, then all rejected, are padded to R tokens. For ([5, 6], [7, 8, 2], [9, 2]):
+
+        input_ids   5 6 7 8 9
+        positions   0 1 2 3 2
+        chosen      predictors 1 2 3, targets 7 8 2         rejected    predictors 1 4, targets 9 2
     """
     input_ids: torch.Tensor             # (B, T)
     positions: torch.Tensor             # (B, T) rotary positions

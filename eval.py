@@ -7,7 +7,7 @@
 
 margin    0.1 * h on held-out pairs (mean, and standard deviation over pairs), whatever beta trained the run:
           against the model the run started from (vs SFT) and against the other player (vs ENV)
-accuracy  share of held-out pairs with h > 0 against the start; in the safe world the true reward labels them
+accuracy  share of held-out pairs with h > 0 against the start (vs SFT); in the safe world the true reward labels them
 reward    the safe world's true reward, mean over held-out prompts, of sampled and of greedy answers
 win/tie/lose/bad: sampled answers against the start's to the same prompts, by true reward; bad: both are bad cases
 bad       share of this model's answers that are bad (comply with the harmful, refuse the safe, neither)
@@ -84,7 +84,8 @@ def pair_logps(model, rows, bar):
 
 def fit_prompts(prompts, tokenizer, context, new_tokens):
     """Prompts to ids that leave room for an answer of new_tokens in the model's context: (ids, new_tokens, note)."""
-    new_tokens, wanted = max(1, min(new_tokens, context // 2)), new_tokens
+    wanted = new_tokens
+    new_tokens = max(1, min(wanted, context // 2))
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     room = context - new_tokens
     cut = sum(len(prompt) > room for prompt in ids)
@@ -120,8 +121,8 @@ def examine(runs, options):
             raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
         if prompts is None:                                        # the first run's; those of pairs that can be used
             prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
-        prompts, total = prompts[:limit], len(run.models) * (len(rows) + 2 * len(prompts[:limit]))
-        with tqdm(total=total, desc=f"examining {run.name}") as bar:
+        prompts = prompts[:limit]
+        with tqdm(total=len(run.models) * (len(rows) + 2 * len(prompts)), desc=f"examining {run.name}") as bar:
             for label, folder in run.models.items():
                 model = Decoder.from_pretrained(folder).to(find_device(options.device))
                 ids, length, prompt_note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
@@ -160,8 +161,8 @@ def same_tokenizer(run):
     """The tokenizer of a run, which all its models must share: log-probabilities of other tokens do not compare."""
     tokenizer = Tokenizer.from_pretrained(run.protagonist)
     if Tokenizer.from_pretrained(run.start).files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:
-        raise ValueError(f"{run.start} has another tokenizer than {run.name}, so their margins cannot be compared; give "
-                         "--sft the model that the run started from")
+        raise ValueError(f"{run.start} has another tokenizer than {run.name}, so their margins cannot be compared; "
+                         "give --sft the model that the run started from")
     return tokenizer
 
 
@@ -201,7 +202,7 @@ def quality(result, prompts, world):
 
 def compare(result, other, prompts, world):
     """win/tie/lose/bad of one model's sampled answers against another's, by true reward; they sum to the prompts."""
-    if world is None:                                              # no judge
+    if world is None or not prompts:                               # no judge, or nothing to judge
         return dict.fromkeys(("win", "tie", "lose", "bad"))
     counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
     for prompt, (ours, _), (theirs, _) in zip(prompts, result["sampled"], other["sampled"]):
@@ -238,6 +239,8 @@ def print_report(report):
     for run in report["runs"][1:]:
         print(f"{report['runs'][0]['name']} against {run['name']}, win/tie/lose/bad: "
               f"{show_counts(run['first_against_this'])}")
+    if report["samples"]:
+        print(f"\nanswers sampled at temperature {report['temperature']}:")
     for sample in report["samples"]:
         prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
         print(f"\n{prompt.rstrip()[-200:].lstrip()}")
@@ -268,12 +271,13 @@ def converse(runs, options):
             prompt = [{"role": "user", "content": prompt}]
         for label, folder in run.models.items():
             model = Decoder.from_pretrained(folder).to(find_device(options.device))
-            ids, length, note = fit_prompts([prompt], tokenizer, model.config.max_position_embeddings,
-                                            options.max_new_tokens)
+            context = model.config.max_position_embeddings
+            ids, length, note = fit_prompts([prompt], tokenizer, context, options.max_new_tokens)
             with tqdm(disable=True) as bar:
                 [(text, _)] = answer(model, tokenizer, ids, length, options.temperature, options.seed, bar)
             print(f"{run.name} {label}: {text}")
-        print(f"{run.name}: {note}", file=sys.stderr)
+        if len(ids[0]) == context - length or length < options.max_new_tokens:         # cut, or at the limit
+            print(f"{run.name}: {note}", file=sys.stderr)
 
 
 def parse_arguments(arguments):

@@ -40,8 +40,8 @@ def preference_probability(margin, ratio=None):
 
     Eq. 1 and 6 without a ratio. With the (clipped) importance ratio r it is the paper's Eq. 13, which divides
     by r and so may exceed 1: a value to look at, not a probability, and not what the loss is made of.
-    Mended: Eq. 1's second line has the sign reversed and a stray log. Eq. 13 also says Q_mu = -Q_nu, which
-    two positive numbers cannot be; the sign belongs to the payoff.
+    Mended: Eq. 1's second line has the sign reversed and a stray log, and Eq. 2 repeats the sign. Eq. 13 also says
+    Q_mu = -Q_nu, which two positive numbers cannot be; the sign belongs to the payoff.
     """
     q = torch.sigmoid(margin)                                                # Eq. 1, Eq. 6
     return q if ratio is None else q / ratio                                 # Eq. 13
@@ -95,6 +95,12 @@ def ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio="seq
                    "one": (rejected_logps, rejected_logps, None)}, ratio, "ratio")
 
 
+def clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths):
+    """The weight r of a pair, as `ratio` reads Eq. 11 and `clip` reads Eq. 12, shape (B,), float32, detached."""
+    terms = ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths)
+    return clip_ratio(importance_ratio(*terms), eps, clip)                                    # Eq. 12 of Eq. 11
+
+
 def choose(table, name, what):
     if name not in table:
         raise ValueError(f"{what} must be one of {', '.join(table)}, not {name!r}")
@@ -106,20 +112,21 @@ def choose(table, name, what):
 
 def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, *,
               beta=0.1, eps=0.3, clip="min", ratio="sequence", rejected_lengths=None):
-    """-r * log sigmoid(beta * h) with the frozen ENV in the reference's place (Eq. 14), shape (B,).
+    """-r * log sigmoid(beta * h) with the frozen ENV in the reference's place (Eq. 14), shape (B,); take its mean.
+
+    chosen_logps, rejected_logps          log pi_AGENT(y_w|x), log pi_AGENT(y_l|x): (B,), nats, summed over tokens
+    env_chosen_logps, env_rejected_logps  the same of ENV, computed under torch.no_grad(): only r is detached here
+    clip, ratio                           readings of Eq. 12 and 11, see `clip_ratio` and `ratio_terms`
+    rejected_lengths                      (B,) tokens of y_l, for ratio="length_normalized" alone
 
     Minimised by both players; for the adversary the caller exchanges chosen and rejected, in every argument.
-    r is a detached weight: a pair whose rejected response AGENT has already unlearned (r near 0) fades out,
-    until r underflows (log r < -103) and Eq. 11's guard calls it 1 again.
+    A pair whose y_l AGENT has already unlearned (r near 0) fades out, until r underflows (log r < -103) and
+    Eq. 11's guard calls it 1 again.
     Mended: Eq. 14 prints pi_mu(y_w) in the numerator of both log-ratios, which makes the gradient exactly zero
-    with r detached; the second is pi_mu(y_l), as in Eq. 15. The text says "maximize" (14): it is a loss, to be
-    minimised.
+    with r detached; the second is pi_mu(y_l), as in Eq. 15. The text says "maximize" (14): it is a loss.
     """
-    r = importance_ratio(*ratio_terms(
-        rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths))       # Eq. 11
-    r = clip_ratio(r, eps, clip)                                                              # Eq. 12
-    margin = preference_margin(
-        chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, beta)             # Eq. 5
+    r = clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths)
+    margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, beta)
     return -r * F.logsigmoid(margin)                                                          # Eq. 14
 
 
@@ -131,9 +138,7 @@ def iopo_gradient_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rej
     against it). Mended: Eq. 15 prints log sigmoid(beta * h) where Eq. 8 has sigmoid(-beta * h); descent along
     the printed vector would lower y_w.
     """
-    r = importance_ratio(*ratio_terms(
-        rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths))
-    r = clip_ratio(r, eps, clip)
+    r = clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths)
     margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, beta)
     return -beta * r * torch.sigmoid(-margin)                                                 # Eq. 15, Eq. 8
 

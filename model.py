@@ -335,6 +335,7 @@ def response_logps(model, batch):
     the first one by the last prompt token; only those positions meet the vocabulary.
     """
     hidden = model.hidden(batch.input_ids, batch.positions, causal(batch.attention_mask, batch.input_ids.shape[1]))
+    # the N response tokens of all 2B answers: the row each stands in, and the place there that predicts it
     rows = torch.arange(len(batch), device=hidden.device).repeat(2)[:, None].expand_as(batch.mask)  # (2B, R)
     logits = model.head(hidden[rows[batch.mask], batch.predictors[batch.mask]])                     # (N, V)
     token_logps = -F.cross_entropy(logits.float(), batch.targets[batch.mask], reduction="none")     # (N,)

@@ -727,7 +727,7 @@ def test_useless_and_long_pairs():
     assert kept == [pairs[0], pairs[6]]
     assert rows == [([0, 6], [7, 1], [9, 1]),                      # untouched
                     ([0, 6, 7, 6, 7], [7, 7, 7, 1], [9, 9, 1])]    # BOS and the last four of six
-    assert report.startswith("10 pairs: 2 kept (1 with")
+    assert report.startswith("2 of 10 pairs kept (1 with")
     for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long", "1 EOS inside"):
         assert part in report.splitlines()[0]
     assert report.count("\n  dropped, ") == 3
@@ -881,7 +881,7 @@ def test_a_run_leaves_what_it_says(tmp_path, capsys):
     assert first["loss"] == pytest.approx(math.log(2))
     assert metrics[7]["margin"] != 0
     out = capsys.readouterr().out
-    for word in ("SFT", "protagonist", "adversary", "win/tie/lose/bad", "60 kept"):
+    for word in ("SFT", "protagonist", "adversary", "win/tie/lose/bad", "60 of 60 pairs kept"):
         assert word in out
     sft = safetensors.torch.load_file(tmp_path / "run/sft/model.safetensors")
     assert not same(sft, protagonist) and not same(protagonist, read_run(tmp_path / "run", "adversary")[1])

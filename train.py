@@ -38,7 +38,7 @@ from model import Decoder, DecoderConfig, find_device, response_logps
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's tables: the loss, the options it fixes, and whether it looks at ENV at all."""
+    """What --method names: the loss, the options it fixes, and whether it looks at ENV at all."""
     loss: str
     fixed: dict
     env: bool = True
@@ -165,7 +165,7 @@ def check_use(config, given):
     every = {name for loss in LOSSES.values() for name in keywords(loss)}
     ignored = dict.fromkeys([*method.fixed, *(every - set(keywords(LOSSES[method.loss])))], f"--method {config.method}")
     for reason, holds, names in (
-            ("--n-nu 0", config.n_nu == 0, ["adversary"]),
+            (f"n_nu 0 (--method {config.method})", config.n_nu == 0, ["adversary"]),
             ("--ratio one", config.ratio == "one", ["clip", "eps"]),
             ("--clip none", config.clip == "none", ["eps"]),
             ("--n-iter 0", config.n_iter == 0, ["n_mu", "n_nu", "lr", "adversary", *every]),
@@ -278,7 +278,7 @@ def train(job):
                 players["adversary"].load_state_dict(players["protagonist"].state_dict())
                 optimizers["sft"].state.clear()
                 save_player(out / "sft", players["protagonist"], tokenizer)
-            if step + 1 == len(schedule) or config.save_every and (step + 1) % config.save_every == 0:
+            if step + 1 == len(schedule) or (config.save_every and (step + 1) % config.save_every == 0):
                 metrics_file.flush()
                 save_checkpoint(out, step + 1, players, optimizers, fingerprint)
     save_player(out / "protagonist", players["protagonist"], tokenizer)
@@ -302,7 +302,7 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
     """
     bfloat16 = torch.autocast(agent.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
     wanted = inspect.signature(LOSSES[loss]).parameters
-    columns = []
+    seen = []
     for batch in micro_batches(rows, config.micro_tokens):
         batch = batch.to(agent.device)
         with bfloat16:
@@ -313,28 +313,29 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
         options = {name: value for name, value in options.items() if name in wanted}
         losses = sign * LOSSES[loss](*logps, *env_logps, **options)                                 # (B,)
         (losses.sum() / len(rows)).backward()
-        columns.append((losses, *logps, *env_logps, batch.rejected_lengths))
+        seen.append(dict(losses=losses, logps=torch.stack(logps), lengths=batch.rejected_lengths,
+                         **({"env_logps": torch.stack(env_logps)} if env is not None else {})))
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
     if not grad_norm.isfinite():
         raise FloatingPointError("the gradient is not finite, so the run stops before this step; try a smaller --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    columns = [None if parts[0] is None else torch.cat(parts).detach() for parts in zip(*columns)]
-    return {**measure(*columns, loss, config), "grad_norm": grad_norm.item()}
+    seen = {name: torch.cat([part[name].detach() for part in seen], dim=-1) for name in seen[0]}
+    return {**measure(loss, config, **seen), "grad_norm": grad_norm.item()}
 
 
-def measure(losses, chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, rejected_lengths, loss, config):
+def measure(loss, config, losses, logps, lengths, env_logps=None):
     """What metrics.jsonl says of one step, before its update, from AGENT's side: means over the pairs, where margin
     is beta * h against ENV, accuracy the share of h > 0, and ratio Eq. 11's before Eq. 12 clips it."""
-    metrics = {"loss": losses.mean(), "chosen_logps": chosen_logps.mean()}
-    if env_chosen_logps is not None:
-        margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, config.beta)
-        metrics |= {"rejected_logps": rejected_logps.mean(), "margin": margin.mean(),
+    metrics = {"loss": losses.mean(), "chosen_logps": logps[0].mean()}
+    if env_logps is not None:
+        margin = preference_margin(*logps, *env_logps, config.beta)
+        metrics |= {"rejected_logps": logps[1].mean(), "margin": margin.mean(),
                     "margin_std": margin.std(correction=0), "accuracy": (margin > 0).float().mean()}
     if loss == "iopo":
-        terms = ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, config.ratio, rejected_lengths)
-        ratio, (top, bottom, lengths) = importance_ratio(*terms), terms
-        log_ratio = (top - bottom) / (1 if lengths is None else lengths)
+        terms = ratio_terms(logps[1], *env_logps, config.ratio, lengths)
+        ratio, (top, bottom, per_token) = importance_ratio(*terms), terms
+        log_ratio = (top - bottom) / (1 if per_token is None else per_token)
         metrics |= {"ratio": ratio.mean(), "log_ratio": log_ratio.mean(), "log_ratio_max": log_ratio.max(),
                     "clipped": (clip_ratio(ratio, config.eps, config.clip) != ratio).float().mean(),
                     "guarded": ((log_ratio.exp() == 0) | log_ratio.exp().isinf()).sum()}
@@ -446,7 +447,7 @@ def main(arguments=None):
             if value != getattr(config, name):
                 raise Refused(f"{flag_of(name)} {value} differs from the run in {out}: it has {getattr(config, name)}")
         if before and is_finished(config):
-            print(f"{out} is finished; nothing to do")
+            print(f"{out} is finished; nothing to do (examine it by: python eval.py {out})")
             return
         job = prepare(config)
         print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
@@ -461,7 +462,7 @@ def main(arguments=None):
         train(job)
         del job                                                    # eval.py loads one model at a time
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with: python train.py --out {out} --resume")
+        sys.exit(f"stopped; go on from the last checkpoint with: python train.py --out {out} --resume")
     except (Refused, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, Refused) else 1) from None
