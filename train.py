@@ -91,7 +91,7 @@ class Config:
     batch_size: int = option(32, "pairs per optimiser step", least=1)
     max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2,
                                     world=64, own="the model's positions, 1024 at most")
-    micro_tokens: int | None = option(8192, "tokens per forward pass with padding; less memory, same gradient", least=1)
+    micro_tokens: int | None = option(4096, "tokens per forward pass with padding; less memory, same gradient", least=1)
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
                         choices=("float32", "bfloat16"))
