@@ -98,7 +98,8 @@ def ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio="seq
 def clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths):
     """The weight r of a pair, as `ratio` reads Eq. 11 and `clip` reads Eq. 12, shape (B,), float32, detached."""
     terms = ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths)
-    return clip_ratio(importance_ratio(*terms), eps, clip)                                    # Eq. 12 of Eq. 11
+    r = importance_ratio(*terms)                                                              # Eq. 11
+    return clip_ratio(r, eps, clip)                                                           # Eq. 12
 
 
 def choose(table, name, what):
