@@ -294,12 +294,19 @@ def parse_arguments(arguments):
     parser.add_argument("--prompt", metavar="TEXT", help="print every model's answer to this prompt instead")
     parser.add_argument("--prompts", type=int, help="held-out prompts to answer (default: the run's --eval-prompts)")
     parser.add_argument("--temperature", type=float, help="of the sampled answers (default 0.8, with --prompt 0)")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="length limit of an answer (default 48)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled answers (default 0)")
+    parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default 48)")
+    parser.add_argument("--seed", type=int, help="of the sampled answers (default 0)")
     parser.add_argument("--device", default="auto", help="as in train.py (default auto)")
     options = parser.parse_args(arguments)
-    if options.temperature is None:
-        options.temperature = 0.0 if options.prompt is not None else 0.8
+    if options.prompts == 0 and (options.temperature, options.max_new_tokens, options.seed) != (None, None, None):
+        raise ValueError("--temperature, --max-new-tokens and --seed have no effect with --prompts 0; leave them out")
+    defaults = {"temperature": 0.0 if options.prompt is not None else 0.8, "max_new_tokens": 48}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.temperature == 0 and options.seed is not None:
+        raise ValueError("--seed has no effect at temperature 0; leave it out")
+    options.seed = options.seed or 0
     if not 0 <= options.temperature < float("inf"):
         raise ValueError(f"--temperature must be finite and at least 0, not {options.temperature}")
     for flag, value, least in (("--prompts", options.prompts, 0), ("--max-new-tokens", options.max_new_tokens, 1),

@@ -1234,7 +1234,10 @@ def test_examination(tmp_path, capsys):
     stranger = model_folder(tmp_path / "stranger")
     (stranger / "tokenizer.json").write_bytes(word_tokenizer().files["tokenizer.json"])
     assert "another tokenizer" in refused(examination.main, [flags[0], "--sft", str(stranger)], capsys)
-    assert "--temperature" in refused(examination.main, [flags[0], "--temperature", "nan"], capsys)
+    for more, word in ((["--temperature", "nan"], "--temperature"), (["--temperature", "0", "--seed", "1"], "--seed"),
+                       (["--prompts", "0", "--temperature", "1"], "--prompts 0"), (["--seed", "-1"], "--seed"),
+                       (["--prompt", "x", "--json"], "--json"), (["--nonsense"], "--nonsense")):
+        assert word in refused(examination.main, [flags[0], *more], capsys)
     assert "--prompt" in refused(examination.main, [flags[0], "--prompt", "a\udcff"], capsys)
 
 
