@@ -466,16 +466,15 @@ def batches(rows, batch_size, seed, start=0):
     number alone: `start` goes to any batch at once."""
     if not rows or batch_size < 1:
         raise ValueError(f"no batches of {batch_size} from {len(rows)} rows")
-    place = start * batch_size
+    epoch, skip = divmod(start * batch_size, len(rows))
+    batch = []
     while True:
-        chosen = []
-        while len(chosen) < batch_size:
-            epoch, within = divmod(place, len(rows))
-            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
-            taken = order[within:within + batch_size - len(chosen)]
-            chosen += [rows[i] for i in taken]
-            place += len(taken)
-        yield chosen
+        for i in np.random.default_rng([seed, epoch]).permutation(len(rows))[skip:]:
+            batch.append(rows[i])
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        epoch, skip = epoch + 1, 0
 
 
 def micro_batches(rows, max_tokens):

@@ -53,9 +53,10 @@ class DecoderConfig:
             if not isinstance(value, dict) or value.get("rope_type", value.get("type", "default")) != "default":
                 raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
             rope |= value
-        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for name, value in {"model_type": None, **plain, **raw}.items():
-            if value != {"model_type": "llama", **plain}.get(name, value):
+        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}             # Llama's own defaults
+        for name, right in {"model_type": "llama", **plain}.items():
+            value = raw.get(name, plain.get(name))
+            if value != right:
                 raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
         known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
         try:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
+from data import SafeWorld, Tokenizer, batches, encode_pairs, is_held_out, load_pairs, micro_batches
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
 
@@ -207,7 +207,9 @@ def prepare(config):
         model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
                                       bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
     else:
-        pairs, held_out = load_pairs(config.data, "train"), load_pairs(config.data, "test")
+        everything = load_pairs(config.data)
+        pairs = [pair for pair in everything if not is_held_out(pair)]
+        held_out = [pair for pair in everything if is_held_out(pair)]
         tokenizer = Tokenizer.from_pretrained(config.model)
         model = Decoder.from_pretrained(config.model)
     for number, what in ((tokenizer.largest_id, "the tokenizer has ids up to"), (max(tokenizer.eos_ids), "eos is")):
