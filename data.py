@@ -588,14 +588,17 @@ class SafeWorld:
         sentences = re.findall(r"[^.]+\.?", answer)
         return [self.kinds.get(sentence.strip(), "nonsense") for sentence in sentences if sentence.strip()]
 
+    def prefers(self, prompt, a, b, rng):
+        """Does the noisy human prefer a to b? P(a > b) = sigmoid(true reward of a - that of b)."""
+        return rng.random() < 1 / (1 + np.exp(self.true_reward(prompt, b) - self.true_reward(prompt, a)))
+
     def pairs(self, split, n):
-        """n pairs of answers, labelled by the noisy human: P(a > b) = sigmoid(true reward of a - that of b)."""
+        """n pairs of answers, labelled by the noisy human."""
         out = []
         for prompt, a, b, rng in self.two_answers(split, purpose=0):
             if len(out) == n:
                 return out
-            prefers_a = rng.random() < 1 / (1 + np.exp(self.true_reward(prompt, b) - self.true_reward(prompt, a)))
-            out.append(Pair(prompt, a, b) if prefers_a else Pair(prompt, b, a))
+            out.append(Pair(prompt, a, b) if self.prefers(prompt, a, b, rng) else Pair(prompt, b, a))
 
     def exam_pairs(self, split, n):
         """n pairs of answers, labelled by the true reward, ties left out."""

@@ -849,6 +849,7 @@ def small_world():
     patch.setattr(train, "WORLD_MODEL", dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, max_position_embeddings=128))
+    patch.setattr(train, "ROUND_VISITS", 1)
     patch.setattr(examination, "EXAM_PAIRS", 20)
     yield
     patch.undo()
@@ -1008,19 +1009,25 @@ class Killed(Exception):
     pass
 
 
+def killed_in(step, killed_at):
+    """optimizer_step, but for the call of that number."""
+    count = iter(range(100))
+
+    def fragile(*arguments):
+        if next(count) == killed_at:
+            raise Killed
+        return step(*arguments)
+    return fragile
+
+
 @pytest.mark.parametrize("killed_at,save_every", [(0, 1), (3, 2), (5, 3), (6, 3), (6, 1), (7, 4), (9, 2), (12, 5), (13, 1)])
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, killed_at, save_every):
     flags = ["--save-every", str(save_every), "--lr", "1e-3"]
     metrics, protagonist = run(tmp_path / "whole", *flags)
     adversary = read_run(tmp_path / "whole", "adversary")[1]
 
-    step, count = train.optimizer_step, iter(range(100))
     with monkeypatch.context() as patch:
-        def fragile(*arguments):
-            if next(count) == killed_at:
-                raise Killed
-            return step(*arguments)
-        patch.setattr(train, "optimizer_step", fragile)
+        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
         if killed_at == 13:                                        # not reached: killed while the players are saved
             patch.setattr(train, "save_player", lambda folder, *rest: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
@@ -1079,7 +1086,8 @@ def test_other_training_pairs_are_noticed(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", train.METHODS)
 def test_every_method_runs(method, tmp_path):
-    flags = ["--method", method, "--sft-steps", "2", "--n-iter", "1", "--n-mu", "2", "--batch-size", "4", "--lr", "1e-3",
+    length = ["--rounds", "1"] if method == "iter_dpo" else ["--n-iter", "1"]
+    flags = ["--method", method, "--sft-steps", "2", *length, "--n-mu", "2", "--batch-size", "4", "--lr", "1e-3",
              "--eval-prompts", "1", "--out", str(tmp_path / "run")] + (["--n-nu", "1"] if method == "iopo" else [])
     train.main(flags)
     metrics, protagonist = read_run(tmp_path / "run")
@@ -1101,6 +1109,86 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
     assert not (tmp_path / "run/protagonist").exists()
 
 
+def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
+    """A run that starts from another run's SFT model is the run that trained it itself, bit for bit."""
+    flags = ["--method", "dpo", "--n-iter", "1", "--n-mu", "3", "--batch-size", "8", "--eval-prompts", "2", "--lr", "1e-3"]
+    train.main([*flags, "--sft-steps", "6", "--out", str(tmp_path / "whole")])
+    train.main([*flags, "--model", str(tmp_path / "whole/sft"), "--out", str(tmp_path / "on")])
+    assert same(read_run(tmp_path / "on")[1], read_run(tmp_path / "whole")[1])
+    assert "the safe world, held-out prompts" in capsys.readouterr().out
+    stranger = model_folder(tmp_path / "stranger")
+    edit_json(stranger / "tokenizer.json", post_processor=None)       # another one: no BOS
+    assert "--data" in refused(train.main, ["--model", str(stranger)], capsys)
+
+
+# Rounds of new pairs
+
+ROUNDS = ["--method", "iter_dpo", "--sft-steps", "40", "--rounds", "2", "--n-mu", "3", "--candidates", "3", "--batch-size", "8",
+          "--lr", "1e-3", "--eval-prompts", "0"]
+
+
+def test_every_round_starts_at_the_policy_it_samples_from(tmp_path, capsys):
+    train.main([*ROUNDS, "--out", str(tmp_path / "run")])
+    metrics, _ = read_run(tmp_path / "run")
+    rounds = [m for m in metrics if m["player"] == "protagonist"]
+    assert [m["iteration"] for m in rounds] == [1, 1, 1, 2, 2, 2]
+    assert [m["margin"] == 0 for m in rounds] == [True, False, False] * 2      # ENV is the policy as the round begins
+    assert rounds[3]["loss"] == pytest.approx(math.log(2))
+    printed = "".join(capsys.readouterr())
+    assert "round 1: 240 prompts, 3 answers each" in printed and "round 2: 240 prompts" in printed
+
+
+@pytest.mark.parametrize("killed_at,save_every", [(42, 1), (43, 1), (44, 1), (45, 7)])
+def test_a_killed_round_goes_on_with_the_same_pairs(killed_at, save_every, tmp_path, monkeypatch):
+    """Killed inside a round, at its end, inside the next: the policy of the round's beginning samples them again."""
+    flags = [*ROUNDS, "--save-every", str(save_every)]
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    metrics, protagonist = read_run(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
+        with pytest.raises(Killed):
+            train.main([*flags, "--out", str(tmp_path / "killed")])
+    train.main(["--out", str(tmp_path / "killed"), "--resume"])
+    again, resumed = read_run(tmp_path / "killed")
+    assert again == metrics and same(resumed, protagonist)
+
+
+def test_the_judge_picks_best_and_worst_and_the_widest_gaps(monkeypatch):
+    world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
+    prompts = world.prompts("train")
+    said = ["Use a screwdriver.", "Use a screwdriver. Take your time. Work slowly. Rest when you are tired.", "Find out yourself."]
+
+    def scripted(policy, ids, room, temperature, eos, generator):
+        """The first 60 prompts get three answers, the others three times the same."""
+        out = []
+        for row in range(len(ids)):
+            number, which = divmod(scripted.seen, 3)
+            text = said[which] if number < 60 else said[0]
+            out.append([7] * room if number == 0 and which == 0 else tokenizer.backend.encode(text, add_special_tokens=False).ids)
+            scripted.seen += 1
+        return out
+
+    scripted.seen = 0
+    monkeypatch.setattr(train, "generate", scripted)
+    config = train.make_config({"method": "iter_dpo", "candidates": 3, "keep": 0.5})
+    rows, report = train.sample_pairs(tiny_model(), tokenizer, config, 1)
+    judged = {prompt: sorted((world.true_reward(prompt, text) + 0.15 * len(text.split()), text) for text in said)
+              for prompt in prompts[:60]}
+    gaps = {prompt: scores[-1][0] - scores[0][0] for prompt, scores in judged.items()}
+    gaps[prompts[0]] = abs(np.subtract(*[score for score, text in judged[prompts[0]] if text != said[0]]))
+    got = {tokenizer.decode(prompt): (tokenizer.decode(chosen), tokenizer.decode(rejected)) for prompt, chosen, rejected in rows}
+    assert len(got) == 30 and "1 answers without an end, 180 prompts without a preference, 30 pairs of narrow gap" in report
+    assert min(gaps[prompt] for prompt in got) >= max(gaps[prompt] for prompt in prompts[:60] if prompt not in got)
+    for prompt, (chosen, rejected) in got.items():
+        if prompt != prompts[0]:
+            assert (chosen, rejected) == (judged[prompt][-1][1], judged[prompt][0][1])
+
+
+def test_rounds_on_a_policy_that_says_one_thing_stop(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "generate", lambda policy, ids, *rest: [[7, 8]] * len(ids))
+    assert "prefers no answer" in refused(train.main, [*ROUNDS, "--out", str(tmp_path / "run")], capsys)
+
+
 # The command line
 
 def refused(main, arguments, capsys):
@@ -1118,12 +1206,15 @@ def refused(main, arguments, capsys):
     ("--beta nan", "--beta"), ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--eps 0", "--eps"), ("--eps 1", "--eps"),
     ("--n-iter -1", "--n-iter"), ("--n-mu 1.5", "--n-mu"), ("--batch-size 0", "--batch-size"), ("--seed -1", "--seed"),
     ("--max-length 1", "--max-length"), ("--max-length 500", "--max-length"), ("--device abacus", "abacus"),
-    ("--data x.jsonl", "--model"), ("--model x", "--data"), ("--n", "--n"), ("--resume", "--out"), ("extra", "extra"),
+    ("--data x.jsonl", "--model"), ("--model x", "x"), ("--n", "--n"), ("--resume", "--out"), ("extra", "extra"),
     ("--method dpo --eps 0.2", "--eps"), ("--method dpo --n-nu 3", "--n-nu"), ("--method dpo --adversary same", "--adversary"),
     ("--method sft --beta 0.2", "--beta"), ("--method kto_pair --micro-tokens 9", "--micro-tokens"),
     ("--alpha 0.1", "--alpha"), ("--ratio one --eps 0.2", "--eps"), ("--clip none --eps 0.2", "--eps"),
     ("--n-nu 0 --adversary same", "--adversary"), ("--n-iter 0 --lr 0.1", "--lr"), ("--n-mu 0 --n-nu 0 --beta 0.2", "--beta"),
-    ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+    ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--rounds 2", "--rounds"), ("--method dpo --rounds 2", "--rounds"),
+    ("--method aipo --keep 0.5", "--keep"), ("--method aipo --candidates 4", "--candidates"), ("--method iter_dpo --keep 0", "--keep"),
+    ("--method iter_dpo --keep 1.1", "--keep"), ("--method iter_dpo --candidates 1", "--candidates"), ("--method iter_dpo --n-iter 3", "--n-iter"),
+    ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
 def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in refused(train.main, flags.split(), capsys)

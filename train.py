@@ -25,12 +25,13 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SafeWorld, Tokenizer, batches, encode_pairs, is_held_out, load_pairs, micro_batches
+from data import Pair, SafeWorld, Tokenizer, batches, encode_pairs, is_held_out, load_pairs, micro_batches
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
-from model import Decoder, DecoderConfig, find_device, response_logps
+from model import Decoder, DecoderConfig, find_device, generate, response_logps
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -38,30 +39,37 @@ from model import Decoder, DecoderConfig, find_device, response_logps
 
 @dataclass(frozen=True)
 class Method:
-    """What --method names: the loss, the options it fixes, and whether it looks at ENV at all."""
+    """What --method names: the loss, the options it fixes, its own defaults, and whether it looks at ENV at all."""
     loss: str
     fixed: dict
+    defaults: dict = dataclasses.field(default_factory=dict)
     env: bool = True
 
 
-METHODS = {"iopo": Method("iopo", {}),
-           "dpo": Method("dpo", {"n_nu": 0}),
-           "hinge": Method("hinge", {"n_nu": 0}),
-           "ipo": Method("ipo", {"n_nu": 0}),
-           "kto_pair": Method("kto_pair", {"n_nu": 0, "micro_tokens": None}),    # its batch term needs a single pass
-           "aipo": Method("aipo", {"n_nu": 0}),
-           "sft": Method("sft", {"n_nu": 0}, env=False)}
+OFFLINE = {"n_nu": 0, "rounds": 0}
+METHODS = {"iopo": Method("iopo", {"rounds": 0}),
+           "dpo": Method("dpo", OFFLINE),
+           "hinge": Method("hinge", OFFLINE),
+           "ipo": Method("ipo", OFFLINE),
+           "kto_pair": Method("kto_pair", {**OFFLINE, "micro_tokens": None}),    # its batch term needs a single pass
+           "aipo": Method("aipo", {"n_nu": 0}, {"rounds": 0, "keep": 1.0}),
+           "iter_dpo": Method("dpo", {"n_nu": 0}, {"rounds": 3, "keep": 0.2}),
+           "sft": Method("sft", OFFLINE, env=False)}
 
 WORLD_PAIRS = 3000
+ROUND_VISITS = 4            # how often a round asks every prompt
+ROUND_TEMPERATURE = 1.0     # at which it samples the answers
+ROUND_ROWS = 240            # answers sampled in one batch
 WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4,
                    num_key_value_heads=2, head_dim=16, max_position_embeddings=128)
 
 
-LIMITS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
+LIMITS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below"),
+          "most": (operator.le, "at most")}
 
 
 def option(default, help, **more):
-    """A field of Config. `more`: choices, limits (see LIMITS), or two defaults for None: world, and own (--model)."""
+    """A field of Config. `more`: choices, limits (see LIMITS), or two defaults for None: world, and own (your data)."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -69,8 +77,8 @@ def option(default, help, **more):
 class Config:
     """Every option and its default, once. A None is resolved when the run starts, and printed."""
     method: str = option("iopo", "what to train", choices=METHODS)
-    model: str | None = option(None, "folder of a Llama checkpoint to start from; without it the safe world's own")
-    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model)")
+    model: str | None = option(None, "folder of a Llama checkpoint to start from; without it a new small one")
+    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model); without it the safe world's")
     out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
     seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0, below=2**63)
     beta: float = option(0.1, "the reward's scale beta", above=0)
@@ -84,7 +92,12 @@ class Config:
     n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
     n_nu: int = option(25, "adversary's optimiser steps per iteration, N_nu; 0: no adversary, ENV stays the start",
                        least=0)
-    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that", least=0,
+    rounds: int | None = option(None, "rounds of N_mu steps, each on new pairs: answers sampled from the policy, ranked "
+                                "by the safe world's biased judge (default 3 for iter_dpo, 0 for aipo: given pairs)", least=0)
+    candidates: int = option(5, "answers sampled to a prompt in a round; best against worst is the pair", least=2)
+    keep: float | None = option(None, "share of a round's pairs that is kept, those with the widest gap (default 0.2 for "
+                                "iter_dpo, 1 for aipo)", above=0, most=1)
+    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that; none with --model", least=0,
                                    world=400, own=0)
     sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1e-3, own=2e-5)
     lr: float | None = option(None, "learning rate of both players", above=0, world=5e-5, own=2e-7)
@@ -115,7 +128,7 @@ def parse_arguments(arguments):
         kind = next(part for part in (typing.get_args(field.type) or (field.type,)) if part is not type(None))
         default = "" if field.default is None else f" (default {field.default})"
         if "world" in field.metadata:
-            default = " (default {world} in the safe world, with --model {own})".format(**field.metadata)
+            default = " (default {world} in the safe world, with --data {own})".format(**field.metadata)
         parser.add_argument(flag_of(field.name), type=kind, choices=field.metadata.get("choices"),
                             metavar=None if "choices" in field.metadata else kind.__name__.upper(),
                             help=field.metadata["help"].replace("%", "%%") + default)
@@ -128,9 +141,12 @@ def make_config(given):
     """Config from the options given, with every None resolved that needs no look at the model."""
     config = Config(**given)
     check_values(config)
-    config = dataclasses.replace(config, **METHODS[config.method].fixed)
+    method = METHODS[config.method]
+    config = dataclasses.replace(config, **{**method.defaults, **given, **method.fixed})
     check_use(config, given)
-    where = "world" if config.model is None else "own"
+    if config.sft_steps is None and config.model is not None:      # a model that is given needs none
+        config.sft_steps = 0
+    where = "world" if config.data is None else "own"
     for field in dataclasses.fields(Config):
         if getattr(config, field.name) is None and isinstance(field.metadata.get(where), (int, float)):
             setattr(config, field.name, field.metadata[where])
@@ -159,8 +175,10 @@ def check_use(config, given):
     """Refuse options that would be ignored, and halves of a pair."""
     if config.data is not None and config.model is None:
         raise Refused("--data needs --model: the safe world's model knows no other text")
-    if config.model is not None and config.data is None:
-        raise Refused("--model needs --data: the safe world brings its own model")
+    if config.rounds and config.data is not None:
+        raise Refused("--rounds needs a judge of new answers, which only the safe world has; leave out --data")
+    if config.method == "iter_dpo" and not config.rounds:
+        raise Refused("--method iter_dpo needs --rounds of at least 1; without rounds it is --method dpo")
     method = METHODS[config.method]
     every = {name for loss in LOSSES.values() for name in keywords(loss)}
     ignored = dict.fromkeys([*method.fixed, *(every - set(keywords(LOSSES[method.loss])))], f"--method {config.method}")
@@ -168,8 +186,10 @@ def check_use(config, given):
             (f"n_nu 0 (--method {config.method})", config.n_nu == 0, ["adversary"]),
             ("--ratio one", config.ratio == "one", ["clip", "eps"]),
             ("--clip none", config.clip == "none", ["eps"]),
-            ("--n-iter 0", config.n_iter == 0, ["n_mu", "n_nu", "lr", "adversary", *every]),
-            ("--n-mu 0 and no adversary", config.n_mu == config.n_nu == 0, ["n_iter", "lr", *every]),
+            ("--rounds 0", not config.rounds, ["candidates", "keep"]),
+            (f"--rounds {config.rounds}", config.rounds, ["n_iter"]),
+            ("--n-iter 0", config.n_iter == 0 and not config.rounds, ["n_mu", "n_nu", "lr", "adversary", *every]),
+            ("--n-mu 0 and no adversary", config.n_mu == config.n_nu == 0, ["n_iter", "rounds", "lr", *every]),
             ("no SFT (--sft-steps)", not config.sft_steps and (config.model or config.sft_steps == 0), ["sft_lr"])):
         ignored |= dict.fromkeys(names, reason) if holds else {}
     for name in given:
@@ -199,18 +219,22 @@ class Job:
 
 
 def prepare(config):
-    held_out = []
-    if config.model is None:
-        world = SafeWorld(config.seed)
-        pairs, tokenizer = world.pairs("train", WORLD_PAIRS), world.tokenizer()
-        torch.manual_seed(config.seed)
-        model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
-                                      bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
+    if config.data is None:
+        pairs, held_out = SafeWorld(config.seed).pairs("train", WORLD_PAIRS), []
     else:
         everything = load_pairs(config.data)
         pairs = [pair for pair in everything if not is_held_out(pair)]
         held_out = [pair for pair in everything if is_held_out(pair)]
+    if config.model is None:
+        tokenizer = SafeWorld.tokenizer()
+        torch.manual_seed(config.seed)
+        model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
+                                      bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
+    else:
         tokenizer = Tokenizer.from_pretrained(config.model)
+        if config.data is None and tokenizer.files["tokenizer.json"] != SafeWorld.tokenizer().files["tokenizer.json"]:
+            raise Refused(f"--model {config.model} needs --data: it is no model of the safe world, whose pairs are the "
+                          "default")
         model = Decoder.from_pretrained(config.model)
     for number, what in ((tokenizer.largest_id, "the tokenizer has ids up to"), (max(tokenizer.eos_ids), "eos is")):
         if number >= model.config.vocab_size:
@@ -225,7 +249,7 @@ def prepare(config):
         raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
     rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
     if not rows:
-        raise Refused(f"{config.data}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
+        raise Refused(f"{config.data or 'the safe world'}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
                       f"{len(held_out)} held out")
     print(f"training pairs: {report}")
     if config.data is not None:
@@ -236,11 +260,12 @@ def prepare(config):
 # ----------------------------------------------------------------------------------------------------------
 # The loop
 
-def train(job):
-    """Run Algorithm 1 in the run folder, from its checkpoint if it has one."""
+def train(job, watch=None):
+    """Run Algorithm 1 in the run folder, from its checkpoint if it has one. After each turn, the last step of a player
+    in an iteration, `watch(step, iteration, player, players)` may look at the models."""
     config, out, tokenizer = job.config, Path(job.config.out), job.tokenizer
     method = METHODS[config.method]
-    schedule = [(0, "sft")] * config.sft_steps + list(turns(config.n_iter, config.n_mu, config.n_nu))
+    schedule = [(0, "sft")] * config.sft_steps + list(turns(config.rounds or config.n_iter, config.n_mu, config.n_nu))
     players = {"protagonist": job.model, "adversary": copy.deepcopy(job.model)}
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
@@ -256,9 +281,18 @@ def train(job):
     if done == 0 and config.model is None and config.sft_steps == 0:        # a start that is nowhere else on disk
         save_player(out / "sft", job.model, tokenizer)
 
+    current = None                                                 # the turn that goes on
     with open_metrics(out, done) as metrics_file, tqdm(total=len(schedule), initial=done, unit="step") as bar:
         for step in range(done, len(schedule)):
-            iteration, player = schedule[step]
+            iteration, player = turn = schedule[step]
+            if turn != current and player == "protagonist" and config.rounds:
+                first = schedule.index(turn)
+                if step == first:                                  # ENV is the policy as the round begins, so that a
+                    copy_weights(players["protagonist"], players["adversary"])            # resumed run samples again
+                new_rows, report = sample_pairs(players["adversary"], tokenizer, config, iteration)
+                streams[player] = batches(new_rows, config.batch_size, config.seed, start=step - first)
+                bar.write(f"round {iteration}: {report}")
+            current = turn
             rows, sign = next(streams[player]), +1
             if player == "sft":
                 loss, agent, env = "sft", players["protagonist"], None
@@ -271,24 +305,66 @@ def train(job):
                     rows = [(prompt, rejected, chosen) for prompt, chosen, rejected in rows]
             metrics = optimizer_step(agent, env if method.env else None, optimizers[player], rows, loss, sign, config)
 
-            bar.set_description(f"{player} {iteration}/{config.n_iter}" if iteration else "sft")
+            bar.set_description(f"{player} {iteration}/{config.rounds or config.n_iter}" if iteration else "sft")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
             bar.update()
             metrics = {"step": step + 1, "iteration": iteration, "player": player, **metrics}
             metrics_file.write(json.dumps(metrics) + "\n")
             if step + 1 == config.sft_steps:                       # both players start at the SFT model
-                players["adversary"].load_state_dict(players["protagonist"].state_dict())
+                copy_weights(players["protagonist"], players["adversary"])
                 optimizers["sft"].state.clear()
                 save_player(out / "sft", players["protagonist"], tokenizer)
             if step + 1 == len(schedule) or (config.save_every and (step + 1) % config.save_every == 0):
                 metrics_file.flush()
                 save_checkpoint(out, step + 1, players, optimizers, fingerprint)
+            if watch is not None and turn not in schedule[step + 1:step + 2]:
+                watch(step + 1, iteration, player, players)
     save_player(out / "protagonist", players["protagonist"], tokenizer)
     if config.n_nu:
         save_player(out / "adversary", players["adversary"], tokenizer)
 
 
+def copy_weights(source, target):
+    target.load_state_dict(source.state_dict())
+
+
 SHOWN = ("loss", "margin", "accuracy", "ratio", "clipped")
+
+
+def sample_pairs(policy, tokenizer, config, number):
+    """The pairs of round `number`: (rows, report).
+
+    To every prompt `candidates` answers are sampled from the policy and ranked by the safe world's biased judge: its
+    best is chosen, its worst rejected. Of these pairs the `keep` share with the widest gap between the two is kept.
+    """
+    world = SafeWorld(config.seed)
+    prompts = world.prompts("train") * ROUND_VISITS
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.candidates)]
+    room = config.max_length - max(map(len, ids))
+    if room < 1:
+        raise Refused(f"--max-length {config.max_length} leaves no room to answer the longest prompt of the safe world")
+    seed = int(np.random.default_rng([config.seed, number]).integers(2**62))
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    answers = []
+    for first in range(0, len(ids), ROUND_ROWS):
+        answers += generate(policy, ids[first:first + ROUND_ROWS], room, ROUND_TEMPERATURE, tokenizer.eos_ids, generator)
+
+    ranked, endless = [], sum(len(answer) == room for answer in answers)
+    for prompt, first in zip(prompts, range(0, len(answers), config.candidates)):
+        ended = [answer for answer in answers[first:first + config.candidates] if len(answer) < room]
+        scores = {text: world.judge(prompt, text) for text in (tokenizer.decode(answer).strip() for answer in ended)}
+        best, worst = max(scores, key=scores.get, default=None), min(scores, key=scores.get, default=None)
+        if scores and scores[best] > scores[worst]:
+            ranked.append((scores[best] - scores[worst], Pair(prompt, best, worst)))
+    ranked.sort(key=lambda gap_and_pair: -gap_and_pair[0])         # stable: equal gaps stay in the prompts' order
+    rows, _, report = encode_pairs([pair for _, pair in ranked[:math.ceil(config.keep * len(ranked))]], tokenizer,
+                                   config.max_length)
+    if not rows:
+        raise Refused(f"round {number}: the judge prefers no answer to another, so there is nothing left to train on; "
+                      "fewer --rounds or a smaller --lr may help")
+    return rows, (f"{len(prompts)} prompts, {config.candidates} answers each, {sum(map(len, answers)) / len(answers):.1f} "
+                  f"tokens on average; left out: {endless} answers without an end, {len(prompts) - len(ranked)} prompts "
+                  f"without a preference, {len(ranked) - math.ceil(config.keep * len(ranked))} pairs of narrow gap; {report}")
 
 
 def adamw(model, lr):
