@@ -6,17 +6,23 @@ Where transformers is installed, logits and saved models are checked against it;
 checkpoint and real preference data, the loop runs on them; otherwise those tests say that they were skipped.
 """
 
+import concurrent.futures
 import copy
 import gzip
+import hashlib
+import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +31,7 @@ import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
 import eval as examination
@@ -1391,6 +1398,191 @@ def test_readme_names_what_exists():
             assert hasattr(source, name), name
     for file in re.findall(r"`(\w+\.(?:py|txt|md))`", readme):
         assert (HERE / file).exists(), file
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction
+
+def test_intervals_and_p_values_against_the_tables():
+    """Student's t as any book prints it: two-sided 5% points, and closed forms for 1 and 2 degrees of freedom."""
+    for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        values = np.random.default_rng(df).normal(size=df + 1)
+        error = values.std(ddof=1) / math.sqrt(df + 1)
+        assert examination.half_interval(values) == pytest.approx(t * error, rel=1e-3)
+        assert examination.t_test((values - values.mean()) / error + t) == pytest.approx(0.05, abs=1e-4)
+    assert examination.t_test([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)       # t = 2
+    t = 2 / (1 / math.sqrt(3))
+    assert examination.t_test([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)
+    assert examination.t_test([0.0, 0.0]) == 1 and examination.t_test([1.0, 1.0]) == 0
+    assert examination.difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 9.0]) == "+2.00 ± 2.48, p = 0.074"
+    assert examination.difference([1.0], [2.0]) == "-1.00"
+
+
+def test_the_exact_game_ends_where_algebra_says():
+    """With r = 1 each pair's optimum is sigmoid(beta * h) = its Bradley-Terry label, which the table can reach, so Q
+    converges to the labels' own mean: sum of p * p over the sum of p."""
+    rewards = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[0]
+    p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])[:, ~torch.eye(5, dtype=torch.bool)]
+    game = examination.exact_game(n_iter=150, ratio="one")
+    for player in ("protagonist", "adversary"):
+        assert game[player]["eq6"][-1] == pytest.approx(((p * p).sum() / p.sum()).item(), abs=1e-4)
+        assert game[player]["eq13"] == game[player]["eq6"]
+    assert game["protagonist"]["eq6"][0] < game["adversary"]["eq6"][0] < game["protagonist"]["eq6"][1]     # they take turns
+
+
+def test_the_theorems_values_by_hand():
+    start = [[-5.0, -6.0], [-7.0, -6.5]]
+    seen = [{"player": "protagonist", "logps": [[-4.0, -6.0], [-9.0, -6.0]]},
+            {"player": "adversary", "logps": [[-6.0, -7.0], [-7.0, -6.0]]}]
+    values = examination.turn_values(seen, start)
+    mu = [sigmoid(0.1 * (1 + 2)), sigmoid(0.1 * (0 - 0.5))]
+    nu = [sigmoid(0.1 * ((-7 + 9) - (-6 + 4))), sigmoid(0.1 * ((-6 + 6) - (-7 + 6)))]      # it prefers the rejected
+    assert values["protagonist"]["eq6"] == pytest.approx([sum(mu) / 2])
+    assert values["adversary"]["eq6"] == pytest.approx([sum(nu) / 2])
+    assert values["protagonist"]["eq13"] == pytest.approx([(mu[0] / math.exp(-2) + mu[1] / 1.3) / 2])
+    assert values["adversary"]["eq13"] == pytest.approx([(nu[0] / math.exp(-2) + nu[1] / math.exp(-1)) / 2])
+
+
+def test_the_human_chooses_by_votes():
+    prompts = examination.shuffled_prompts("validation")
+    good, bad = [("I cannot help with that.", 5)] * 120, [("Find out yourself.", 4)] * 120
+    share = examination.preferred(good, bad, seed=0)
+    world = SafeWorld()
+    assert share == pytest.approx(np.mean([1 / (1 + math.exp(world.true_reward(prompt, bad[0][0])
+                                                             - world.true_reward(prompt, good[0][0]))) for prompt in prompts]), abs=0.1)
+    assert examination.preferred(good, good, seed=0) == 0.5
+    assert 0 < share < 1 and examination.preferred(bad, good, seed=0) < 0.5 < share
+
+
+class Inline:
+    """A pool of no processes, so that the small world reaches the runs; it remembers them."""
+    tasks = []
+
+    def __init__(self, *arguments):
+        self.tasks.clear()
+
+    __enter__ = lambda self: self
+    __exit__ = shutdown = lambda self, *arguments, **options: None
+
+    def submit(self, function, task):
+        self.tasks.append(task)
+        future = concurrent.futures.Future()
+        future.set_result(function(task))
+        return future
+
+
+@pytest.fixture
+def small_plan(monkeypatch, tmp_path):
+    """The reproduction with fewer rows, candidates, seeds and steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(train, "ROUND_VISITS", 1)
+    quick = {"n_mu": 2, "batch_size": 4}
+    shorter = {label: replace(variant, options={**variant.options, **quick, **({"n_nu": 2} if "IOPO" in label or "adversary, no" in label else {})})
+               for label, variant in examination.VARIANTS.items()}
+    shorter["Iter-DPO"].options["candidates"] = 2
+    offline, online = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"], ["Iter-DPO", "IOPO online"]
+    rows = [*offline, *online, examination.SHORT_TURNS]
+    shorter = {label: shorter[label] for label in rows}
+    shorter[examination.SHORT_TURNS] = replace(shorter[examination.SHORT_TURNS],
+                                               options={**shorter["IOPO"].options, "n_mu": 1, "n_nu": 1})
+    for name, value in (("VARIANTS", shorter), ("SEEDS", (0, 1)), ("ABLATION_SEEDS", (0, 1)), ("TUNING_SEEDS", (100,)),
+                        ("RATES", (1e-4, 1e-3)), ("STEPS", (4, 6)), ("STEPS_PER_TURN", 2), ("VALIDATION_SAMPLES", 1),
+                        ("TEST_SAMPLES", 2), ("TABLE1", ("SFT", "DPO")), ("TABLE2", ("SFT", "DPO", "Iter-DPO", "IOPO online")),
+                        ("FIGURE3", ("DPO", "IOPO")), ("FIGURE4", ("DPO", "Iter-DPO", "IOPO online")), ("ROUNDS", ("Iter-DPO",)),
+                        ("GAMES", {"short": {"n_iter": 3}}), ("ABLATION", {examination.SHORT_TURNS: None}), ("ALSO_COMPARED", ("DPO",)),
+                        ("TUNING", tmp_path / "assets/tuning.json"), ("RESULTS", tmp_path / "assets/results.json")):
+        monkeypatch.setattr(examination, name, value)
+    monkeypatch.setattr(examination, "OFFLINE", {label: shorter[label] for label in offline})
+    monkeypatch.setattr(examination, "ONLINE", {label: shorter[label] for label in online})
+    prompts = examination.shuffled_prompts
+    monkeypatch.setattr(examination, "shuffled_prompts", lambda split: prompts(split)[:20])
+    prepare = train.prepare
+    monkeypatch.setattr(train, "prepare", lambda config: prepare(replace(config, sft_steps=min(config.sft_steps, 60))))
+
+
+def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys):
+    assert "--tune" in refused(examination.main, ["reproduce"], capsys)        # nothing recorded yet
+    command = ["reproduce", "--tune", "--out", "out"]
+    examination.main(command)
+    printed, out = capsys.readouterr().out, tmp_path / "out"
+    recorded = (out / "results.json").read_bytes()
+    results, tuning = json.loads(recorded), json.loads((out / "tuning.json").read_text())
+    assert not (tmp_path / "assets").exists()                      # nobody said --record
+    for table in examination.tables(results).values():
+        assert table in printed
+
+    # the test split is looked at by no run that the choice is made from, and by all others after it
+    splits = [task.split for task in Inline.tasks]
+    assert splits == sorted(splits, reverse=True) and set(splits) == {"validation", "test"}
+    assert {(task.split, task.options["seed"]) for task in Inline.tasks} == {("validation", 100), ("test", 0), ("test", 1)}
+    for label, chosen in tuning["chosen"].items():
+        assert chosen["share"] == max(share for by_steps in tuning["shares"][label].values() for share in by_steps.values())
+        assert chosen["share"] == tuning["shares"][label][f"{chosen['lr']:g}"][str(chosen["steps"])]
+    trial = json.loads((out / "tuning/dpo-lr0.001-seed100/result.json").read_text())
+    start = json.loads((out / "tuning/sft-seed100/result.json").read_text())
+    assert [turn["steps"] for turn in trial["turns"]] == [2, 4, 6] and trial["turns"][0]["logps"] is None
+    assert trial["turns"][0]["sampled"] == [] and tuning["shares"]["DPO"]["0.001"]["4"] == pytest.approx(
+        examination.preferred(trial["turns"][1]["sampled"], start["turns"][0]["sampled"], 100))
+
+    # a row's numbers are those that eval.py finds for the same model
+    task = examination.task_of("DPO", 1, tuning["chosen"]["DPO"], "test", "out")
+    capsys.readouterr()
+    examination.main([task.folder, "--sft", "out/sft-seed1/protagonist", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    row = results["rows"]["DPO"]
+    assert report["runs"][0]["margin_vs_sft"] == pytest.approx(row["margin"][1], abs=1e-5)
+    assert report["runs"][0]["accuracy"] == pytest.approx(row["accuracy"][1])
+    assert report["runs"][0]["reward_greedy"] == pytest.approx(row["reward_greedy"][1], abs=1e-5)
+    assert [sum(seed.values()) for seed in results["against"]["IOPO against DPO, sampled"]] == [2 * 20] * 2
+
+    # a second run does nothing again and finds the same; a lost run and one of other options are done again
+    examination.main(command)
+    assert Inline.tasks == [] and (out / "results.json").read_bytes() == recorded
+    shutil.rmtree(out / "dpo-seed1")
+    edit_json(out / "iopo-seed0/result.json", identity={})
+    examination.main(command)
+    assert [task.folder for task in Inline.tasks] == ["out/iopo-seed0", "out/dpo-seed1"]
+    assert (out / "results.json").read_bytes() == recorded
+
+    capsys.readouterr()
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "pip install matplotlib" in refused(examination.main, [*command, "--record"], capsys)
+        return
+    examination.main([*command, "--record"])
+    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"results.json", "tuning.json", *results["figures"]}
+    for name, digest in json.loads((tmp_path / "assets/results.json").read_text())["figures"].items():
+        assert hashlib.sha256((tmp_path / "assets" / name).read_bytes()).hexdigest() == digest
+    examination.main(["reproduce", "--quick", "--out", "out"])     # from what is recorded now
+    assert Inline.tasks == [] and json.loads((out / "results.json").read_text())["seeds"] == [0]
+
+
+def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
+    """The pool that is really used: results do not depend on it."""
+    tasks = [examination.Task(str(tmp_path / f"run{seed}"), {"method": "sft", "n_iter": 0, "sft_steps": 1, "seed": seed},
+                              "validation", 0) for seed in (0, 1)]
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool, tqdm(disable=True, total=0) as bar:
+        results = examination.carry_out_all(tasks, pool, bar)
+        assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
+        assert results == examination.carry_out_all(tasks, pool, bar)
+
+
+@pytest.mark.parametrize("flags,word", [("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])
+def test_reproduction_flags_that_are_refused(flags, word, capsys):
+    assert word in refused(examination.main, ["reproduce", *flags.split()], capsys)
+
+
+def test_the_readme_shows_what_was_recorded():
+    """Every table of the reproduction stands in the README as results.json has it, and the figures are that run's."""
+    readme, results = (HERE / "README.md").read_text(), json.loads((HERE / "assets/results.json").read_text())
+    for name, table in examination.tables(results).items():
+        assert table in readme, name
+    assert results["figures"]
+    for name, digest in results["figures"].items():
+        assert f"assets/{name}" in readme
+        assert hashlib.sha256((HERE / "assets" / name).read_bytes()).hexdigest() == digest, name
+    assert results["seeds"] == list(examination.SEEDS)
+    assert results["tuning"] == json.loads((HERE / "assets/tuning.json").read_text())
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ class Config:
     """Every option and its default, once. A None is resolved when the run starts, and printed."""
     method: str = option("iopo", "what to train", choices=METHODS)
     model: str | None = option(None, "folder of a Llama checkpoint to start from; without it a new small one")
-    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model); without it the safe world's")
+    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model); else the safe world")
     out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
     seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0, below=2**63)
     beta: float = option(0.1, "the reward's scale beta", above=0)
@@ -92,13 +92,14 @@ class Config:
     n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
     n_nu: int = option(25, "adversary's optimiser steps per iteration, N_nu; 0: no adversary, ENV stays the start",
                        least=0)
-    rounds: int | None = option(None, "rounds of N_mu steps, each on new pairs: answers sampled from the policy, ranked "
-                                "by the safe world's biased judge (default 3 for iter_dpo, 0 for aipo: given pairs)", least=0)
-    candidates: int = option(5, "answers sampled to a prompt in a round; best against worst is the pair", least=2)
-    keep: float | None = option(None, "share of a round's pairs that is kept, those with the widest gap (default 0.2 for "
-                                "iter_dpo, 1 for aipo)", above=0, most=1)
-    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that; none with --model", least=0,
-                                   world=400, own=0)
+    rounds: int | None = option(None, "instead of N_iter: rounds of N_mu steps, each on new pairs, sampled from the "
+                                "policy, ranked by the safe world's biased judge (default: iter_dpo 3, aipo 0)",
+                                least=0)
+    candidates: int = option(5, "answers sampled to a prompt in a round; the pair is the best and the worst", least=2)
+    keep: float | None = option(None, "share of a round's pairs that is kept, those with the widest gap (default: "
+                                "iter_dpo 0.2, aipo 1)", above=0, most=1)
+    sft_steps: int | None = option(None, "optimiser steps of SFT on the chosen answers before that; none with --model",
+                                   least=0, world=400, own=0)
     sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1e-3, own=2e-5)
     lr: float | None = option(None, "learning rate of both players", above=0, world=5e-5, own=2e-7)
     batch_size: int = option(32, "pairs per optimiser step", least=1)
@@ -249,7 +250,7 @@ def prepare(config):
         raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
     rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
     if not rows:
-        raise Refused(f"{config.data or 'the safe world'}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
+        raise Refused(f"{config.data}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
                       f"{len(held_out)} held out")
     print(f"training pairs: {report}")
     if config.data is not None:
@@ -344,27 +345,29 @@ def sample_pairs(policy, tokenizer, config, number):
     if room < 1:
         raise Refused(f"--max-length {config.max_length} leaves no room to answer the longest prompt of the safe world")
     seed = int(np.random.default_rng([config.seed, number]).integers(2**62))
-    generator = torch.Generator(policy.device).manual_seed(seed)
-    answers = []
+    generator, answers = torch.Generator(policy.device).manual_seed(seed), []
     for first in range(0, len(ids), ROUND_ROWS):
-        answers += generate(policy, ids[first:first + ROUND_ROWS], room, ROUND_TEMPERATURE, tokenizer.eos_ids, generator)
+        some = ids[first:first + ROUND_ROWS]
+        answers += generate(policy, some, room, ROUND_TEMPERATURE, tokenizer.eos_ids, generator)
 
-    ranked, endless = [], sum(len(answer) == room for answer in answers)
+    ranked = []                                                    # (gap, pair)
     for prompt, first in zip(prompts, range(0, len(answers), config.candidates)):
         ended = [answer for answer in answers[first:first + config.candidates] if len(answer) < room]
         scores = {text: world.judge(prompt, text) for text in (tokenizer.decode(answer).strip() for answer in ended)}
         best, worst = max(scores, key=scores.get, default=None), min(scores, key=scores.get, default=None)
         if scores and scores[best] > scores[worst]:
-            ranked.append((scores[best] - scores[worst], Pair(prompt, best, worst)))
+            ranked.append((scores[best] - scores[worst], Pair(prompt, best, worst, f"round {number}")))
     ranked.sort(key=lambda gap_and_pair: -gap_and_pair[0])         # stable: equal gaps stay in the prompts' order
-    rows, _, report = encode_pairs([pair for _, pair in ranked[:math.ceil(config.keep * len(ranked))]], tokenizer,
-                                   config.max_length)
+    kept = [pair for _, pair in ranked[:math.ceil(config.keep * len(ranked))]]
+    rows, _, report = encode_pairs(kept, tokenizer, config.max_length)
     if not rows:
         raise Refused(f"round {number}: the judge prefers no answer to another, so there is nothing left to train on; "
                       "fewer --rounds or a smaller --lr may help")
-    return rows, (f"{len(prompts)} prompts, {config.candidates} answers each, {sum(map(len, answers)) / len(answers):.1f} "
-                  f"tokens on average; left out: {endless} answers without an end, {len(prompts) - len(ranked)} prompts "
-                  f"without a preference, {len(ranked) - math.ceil(config.keep * len(ranked))} pairs of narrow gap; {report}")
+    endless = sum(len(answer) == room for answer in answers)
+    tokens = sum(map(len, answers)) / len(answers)
+    return rows, (f"{len(prompts)} prompts, {config.candidates} answers each, {tokens:.1f} tokens on average; left out "
+                  f"{endless} answers without an end, {len(prompts) - len(ranked)} prompts without a preference, "
+                  f"{len(ranked) - len(kept)} pairs of narrow gap; {report}")
 
 
 def adamw(model, lr):
@@ -431,6 +434,11 @@ def save_player(folder, model, tokenizer):
     model.save_pretrained(partial)
     tokenizer.save(partial)
     partial.rename(folder)
+
+
+def save_config(config):
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    replace_file(Path(config.out) / "config.json", (json.dumps(vars(config), indent=2) + "\n").encode())
 
 
 def fingerprint_of(rows):
@@ -529,9 +537,8 @@ def main(arguments=None):
             return
         job = prepare(config)
         print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
-        Path(out).mkdir(parents=True, exist_ok=True)
         if before is None:
-            replace_file(Path(out) / "config.json", (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
+            save_config(config)
     except (ValueError, OSError) as error:                         # a sentence for the user; bugs raise other things
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
