@@ -1,9 +1,10 @@
-"""Examine finished runs, side by side.
+"""Examine finished runs, side by side, and reproduce the paper's tables.
 
     python eval.py runs/iopo-1 runs/dpo-1                    # margins, accuracy, win/tie/lose, samples
     python eval.py runs/mine --data test.jsonl.gz            # on held-out pairs of your own
     python eval.py runs/iopo-1 --prompt "How do I fix my boat?"
     python eval.py runs/iopo-1 --json                        # one JSON object on stdout and nothing else
+    python eval.py reproduce --quick                         # both tables, the ablation, the theorems; see its --help
 
 margin    0.1 * h on held-out pairs (mean, and standard deviation over pairs), whatever beta trained the run:
           against the model the run started from (vs SFT) and against the other player (vs ENV)
@@ -232,651 +233,6 @@ def mean(numbers):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The reproduction: which runs
-
-SEEDS, ABLATION_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
-TUNING_SEEDS = (100, 101, 102)                             # other pairs, first weights and SFT models than SEEDS
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)                     # the candidates for every row: learning rate
-STEPS = (50, 100, 150)                                     # and optimiser steps of the protagonist
-STEPS_PER_TURN = 25                                        # N_mu, but for the readings that change it
-TEST_SAMPLES, VALIDATION_SAMPLES = 4, 8                    # answers sampled to each prompt
-TUNING = Path(__file__).parent / "assets" / "tuning.json"
-RESULTS = Path(__file__).parent / "assets" / "results.json"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row of a table: the options of train.py that make it, the row whose model it starts from, and the row whose
-    tuned learning rate and steps it takes (None: its own)."""
-    options: dict
-    start: str = "SFT"
-    tuned_as: str | None = None
-
-
-OFFLINE = {
-    "IOPO": Variant({"method": "iopo"}),
-    "DPO": Variant({"method": "dpo"}),
-    "HINGE": Variant({"method": "hinge"}),
-    "IPO": Variant({"method": "ipo"}),
-    "KTO-pair": Variant({"method": "kto_pair"}),
-    "AIPO": Variant({"method": "aipo"}),
-    "ratio, no adversary": Variant({"method": "iopo", "n_nu": 0}),
-    "adversary, no ratio": Variant({"method": "iopo", "ratio": "one"})}
-ONLINE = {
-    "IOPO online": Variant({"method": "iopo"}, start="DPO"),
-    "ratio, no adversary, online": Variant({"method": "iopo", "n_nu": 0}, start="DPO"),
-    "Iter-DPO": Variant({"method": "iter_dpo"}, start="DPO"),
-    "AIPO rounds": Variant({"method": "aipo"}),
-    "DPO rounds": Variant({"method": "iter_dpo", "keep": 1.0}),                # AIPO's pipeline with DPO's loss,
-    "DPO rounds, AIPO's lr": Variant({"method": "iter_dpo", "keep": 1.0}, tuned_as="AIPO rounds")}     # and at its rate
-ROUNDS = ("Iter-DPO", "AIPO rounds", "DPO rounds", "DPO rounds, AIPO's lr")
-ABLATION = {" ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()):
-            Variant({"method": "iopo", **options}, tuned_as="IOPO")
-            for options in ({"ratio": "length_normalized"}, {"ratio": "env"}, {"ratio": "one"},
-                            {"clip": "two_sided"}, {"clip": "none"}, {"adversary": "negated"}, {"adversary": "same"},
-                            {"eps": 0.1}, {"eps": 0.2}, {"eps": 0.5}, {"eps": 0.9},
-                            {"n_mu": 5, "n_nu": 5}, {"n_mu": 50, "n_nu": 50}, {"n_nu": 5}, {"n_nu": 50})}
-VARIANTS = OFFLINE | ONLINE | ABLATION
-ALSO_COMPARED = ("ratio, no adversary", "adversary, no ratio", "DPO")      # with IOPO, in the ablation's table
-TABLE1 = ("SFT", "DPO", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio, no adversary", "adversary, no ratio")
-TABLE2 = ("SFT", "DPO", "Iter-DPO", "AIPO rounds", "ratio, no adversary, online", "IOPO online")
-FIGURE3 = ("DPO", "HINGE", "IPO", "KTO-pair", "AIPO", "IOPO")
-FIGURE4 = ("DPO", "Iter-DPO", "IOPO online")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One training run: its folder, options of train.py, the split whose prompts its models answer, and the
-    protagonist's steps after which it is examined."""
-    folder: str
-    options: dict
-    split: str
-    steps: int
-
-    @property
-    def seconds(self):
-        """What it takes, roughly, in one process of one thread."""
-        config = config_of(self)
-        return 4 + 0.04 * config.sft_steps + 7 * config.rounds + \
-            0.1 * (config.rounds or config.n_iter) * (config.n_mu + config.n_nu)
-
-
-def task_of(label, seed, choice, split, out, suffix=""):
-    """The Task of a row. `choice`: {"lr": ..., "steps": ...}, the protagonist's."""
-    folder = f"{out}/{re.sub('[^a-z0-9.]+', '-', label.lower()).strip('-')}{suffix}-seed{seed}"
-    if label == "SFT":
-        return Task(folder, {"method": "sft", "n_iter": 0, "seed": seed}, split, 0)
-    variant, steps = VARIANTS[label], choice["steps"]
-    if label in ROUNDS:                                            # as many rounds for all, for the curves over rounds
-        length = {"rounds": max(STEPS) // STEPS_PER_TURN}
-    else:
-        length = {"n_iter": steps // variant.options.get("n_mu", STEPS_PER_TURN)}
-    start = task_of(variant.start, seed, choice, split, out).folder
-    options = {**variant.options, **length, "model": f"{start}/protagonist", "seed": seed, "lr": choice["lr"]}
-    return Task(folder, options, split, steps)
-
-
-def config_of(task):
-    """The whole train.Config of a Task."""
-    import train
-    return train.make_config({**task.options, "out": task.folder, "device": "cpu", "save_every": 0})
-
-
-def identity(task):
-    """What a run follows from: its Task, all its options, and the weights it starts from."""
-    config = vars(config_of(task))
-    start = None if config["model"] is None else Path(config["model"], "model.safetensors").read_bytes()
-    return {"task": dataclasses.asdict(task), "config": config, "start": start and hashlib.sha256(start).hexdigest()}
-
-
-def finished(task):
-    """What carry_out saw, if this very run was carried out before, else None."""
-    try:
-        result = json.loads(Path(task.folder, "result.json").read_text())
-        return result if result["identity"] == identity(task) else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def carry_out(task):
-    """Train one run from its beginning and keep what its models did, after every turn and (test) at the end.
-
-    Only answers on the validation split, for the human to choose by; on the test split log-probabilities as well.
-    One thread, so that runs can go side by side and the result does not depend on how many do.
-    """
-    import train
-
-    torch.set_num_threads(1)
-    folder, config, test = Path(task.folder), config_of(task), task.split == "test"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        job = train.prepare(config)
-        train.save_config(config)
-        pairs = SafeWorld().exam_pairs("test", EXAM_PAIRS) if test else []
-        rows = encode_pairs(pairs, job.tokenizer, config.max_length)[0]
-        ids = [job.tokenizer.encode_prompt(prompt) for prompt in shuffled_prompts(task.split)]
-        result = {"identity": identity(task), "turns": [], "final": None, "failure": None}
-
-        def look(model, samples, greedy):
-            with tqdm(disable=True) as bar:
-                return {"logps": pair_logps(model, rows, bar).tolist() if rows else None,
-                        "sampled": answer(model, job.tokenizer, ids * samples, 48, 0.8, 0, bar),
-                        "greedy": answer(model, job.tokenizer, ids, 48, 0, 0, bar) if greedy else []}
-
-        def watch(step, iteration, player, players):
-            model, steps = players["adversary" if player == "adversary" else "protagonist"], iteration * config.n_mu
-            samples = 0 if player == "adversary" else 1 if test else VALIDATION_SAMPLES * (steps in (0, *STEPS))
-            result["turns"].append({"player": player, "steps": steps, **look(model, samples, greedy=False)})
-            if test and player != "adversary" and steps == task.steps:
-                result["final"] = look(model, TEST_SAMPLES, greedy=True)
-
-        try:
-            train.train(job, watch)
-        except (train.Refused, FloatingPointError) as error:       # some candidates of the tuning are beyond saving
-            result["failure"] = str(error)
-    text = json.dumps(result)
-    train.replace_file(folder / "result.json", text.encode())
-    return json.loads(text)                                        # as it reads back
-
-
-def carry_out_all(tasks, pool, bar):
-    """The results of tasks, in their order; those finished before are read back."""
-    results = [finished(task) for task in tasks]
-    waiting = {pool.submit(carry_out, task): number for number, task in enumerate(tasks) if results[number] is None}
-    bar.total -= sum(task.seconds for task, result in zip(tasks, results) if result is not None)
-    for future in concurrent.futures.as_completed(waiting):
-        results[waiting[future]] = future.result()
-        bar.update(tasks[waiting[future]].seconds)
-    return results
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction: the choice of rates and steps
-
-def tune(out, pool, jobs):
-    """Learning rate and steps for every row that has its own: those whose sampled answers to the validation prompts
-    the noisy human most often prefers to the SFT model's. The same candidates and seeds for every row."""
-    def task(label, seed, choice=None, suffix=""):
-        return task_of(label, seed, choice, "validation", f"{out}/tuning", suffix)
-
-    def trials(labels):
-        return [(label, rate, seed) for label in labels for rate in RATES for seed in TUNING_SEEDS]
-
-    def tasks_of(labels):
-        return [task(label, seed, {"lr": rate, "steps": max(STEPS)}, f"-lr{rate:g}")
-                for label, rate, seed in trials(labels)]
-
-    def choose(labels):
-        for (label, rate, seed), result in zip(trials(labels), carry_out_all(tasks_of(labels), pool, bar)):
-            for turn in result["turns"]:
-                if turn["sampled"]:
-                    share = preferred(turn["sampled"], start[seed], seed) / len(TUNING_SEEDS)
-                    shares[label][f"{rate:g}"][turn["steps"]] += share
-        for label in labels:
-            share, rate, steps = max(((share, rate, steps) for rate, by_steps in shares[label].items()
-                                      for steps, share in by_steps.items()), key=lambda candidate: candidate[0])
-            chosen[label] = {"lr": float(rate), "steps": steps, "share": share}
-
-    own = [label for label, variant in VARIANTS.items() if variant.tuned_as is None]
-    from_sft = [label for label in own if VARIANTS[label].start == "SFT"]
-    from_dpo = [label for label in own if VARIANTS[label].start == "DPO"]
-    shares = {label: {f"{rate:g}": dict.fromkeys(STEPS, 0.0) for rate in RATES} for label in own}
-    chosen = {}
-    sft = [task("SFT", seed) for seed in TUNING_SEEDS]
-    longest = [task("DPO", seed, {"lr": RATES[0], "steps": max(STEPS)}) for seed in TUNING_SEEDS]
-    with progress("tuning", sft + tasks_of(own) + longest, jobs) as bar:
-        start = {seed: result["turns"][-1]["sampled"]
-                 for seed, result in zip(TUNING_SEEDS, carry_out_all(sft, pool, bar))}
-        choose(from_sft)
-        carry_out_all([task("DPO", seed, chosen["DPO"]) for seed in TUNING_SEEDS], pool, bar)
-        choose(from_dpo)
-    return {"seeds": TUNING_SEEDS, "shares": shares, "chosen": chosen}
-
-
-def preferred(answers, others, seed):
-    """The share of answers that the noisy human of the safe world prefers to the others; identical ones count half."""
-    world, rng, prompts = SafeWorld(), np.random.default_rng(seed), shuffled_prompts("validation")
-    votes = [0.5 if ours == theirs else world.prefers(prompt, ours, theirs, rng)
-             for prompt, (ours, _), (theirs, _) in zip(itertools.cycle(prompts), answers, others)]
-    return sum(votes) / len(votes)
-
-
-def progress(name, tasks, jobs):
-    """A bar over the seconds that tasks take in one process."""
-    seconds = sum(task.seconds for task in tasks)
-    print(f"{name}: {len(tasks)} runs, about {seconds / jobs / 60:.0f} minutes if none is done yet", flush=True)
-    return tqdm(total=seconds, desc=name, unit="s of work", smoothing=0)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction: what the runs come to
-
-def run_rows(chosen, seeds, ablation_seeds, out, pool, jobs):
-    """Carry out every row for every seed on the test split: {(label, seed): what carry_out saw}."""
-    def wanted(start):
-        return [(label, seed) for label, variant in VARIANTS.items() if variant.start == start
-                for seed in (ablation_seeds if label in ABLATION else seeds)]
-
-    stages = [[("SFT", seed) for seed in seeds], wanted("SFT"), wanted("DPO")]
-    choices = {"SFT": None} | {label: chosen[variant.tuned_as or label] for label, variant in VARIANTS.items()}
-    tasks = [[task_of(label, seed, choices[label], "test", out) for label, seed in stage] for stage in stages]
-    seen = {}
-    with progress("reproduction", [task for stage in tasks for task in stage], jobs) as bar:
-        for stage, stage_tasks in zip(stages, tasks):
-            seen |= dict(zip(stage, carry_out_all(stage_tasks, pool, bar)))
-    for (label, seed), result in seen.items():
-        if result["failure"]:
-            raise ValueError(f"{label}, seed {seed}, ended early: {result['failure']}")
-    return seen
-
-
-def summarize(seen, seeds):
-    """All numbers of the tables and figures, JSON-able; a list has one number per seed."""
-    world, prompts = SafeWorld(), shuffled_prompts("test")
-
-    def models(label):
-        return [as_result(result["final"]) for (other, _), result in seen.items() if other == label]
-
-    sft = models("SFT")
-    rows = {}
-    for label in ["SFT", *VARIANTS]:
-        measured = [measure(model, start, prompts * TEST_SAMPLES, world) for model, start in zip(models(label), sft)]
-        rows[label] = {name: [each[name] for each in measured] for name in measured[0]}
-    against = {f"{ours} against {theirs}, {answers}":
-               [compare(a, b, prompts * TEST_SAMPLES, world, answers) for a, b in zip(models(ours), models(theirs))]
-               for ours, others, answers in (("IOPO", TABLE1, "sampled"), ("IOPO online", TABLE2, "greedy"))
-               for theirs in others if theirs != ours}
-    curves = {}
-    for label in ("SFT", *OFFLINE, *ONLINE):
-        runs = [[turn for turn in result["turns"] if turn["player"] != "adversary"]
-                for (other, _), result in seen.items() if other == label]
-        measured = [[measure(as_result(turn), start, prompts, world) for turn in run] for run, start in zip(runs, sft)]
-        curves[label] = {"steps": [turn["steps"] for turn in runs[0]],
-                         **{name: [[turn[name] for turn in run] for run in measured]
-                            for name in ("margin", "accuracy", "tokens", "reward", "judge")}}
-    return {"seeds": seeds, "rows": rows, "against": against, "curves": curves,
-            "margins": histogram({label: [preference_margin(*model["logps"], *start["logps"], beta=EXAM_BETA)
-                                          for model, start in zip(models(label), sft)]
-                                  for label in dict.fromkeys(FIGURE3 + FIGURE4)}),
-            "sampled_game": [turn_values(result["turns"], seen["SFT", seed]["final"]["logps"])
-                             for (label, seed), result in seen.items() if label == SHORT_TURNS],
-            "exact_game": {name: exact_game(**readings) for name, readings in GAMES.items()}}
-
-
-def as_result(look):
-    """What carry_out saw of a model, in the shape that the examination above takes."""
-    return {**look, "logps": torch.tensor(look["logps"])}
-
-
-def measure(model, sft, prompts, world):
-    margin, spread, accuracy = margins(model, sft)
-    judged = mean(world.judge(prompt, text) for prompt, (text, _) in zip(prompts, model["sampled"]))
-    return {"margin": margin, "spread": spread, "accuracy": accuracy, "judge": judged, **quality(model, prompts, world)}
-
-
-def histogram(samples):
-    """Counts of margins in common bins (mean over seeds; what lies outside is counted at the edges), and the mean and
-    standard deviation over all pairs and seeds."""
-    samples = {label: torch.stack(list(seeds)).double() for label, seeds in samples.items()}          # (seeds, pairs)
-    widest = max(values.abs().quantile(0.98).item() for values in samples.values())
-    edges = torch.linspace(-widest, widest, 61, dtype=torch.float64)
-    return {"edges": edges.tolist(),
-            **{label: {"counts": (torch.histogram(values.clamp(-widest, widest).flatten(), edges).hist
-                                  / len(values)).tolist(),
-                       "mean": values.mean().item(), "std": values.std().item()} for label, values in samples.items()}}
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction: the theorems' Q, in the sampled game and in an exact one
-
-SHORT_TURNS = "--n-mu 5 --n-nu 5"          # the trained models whose Q is followed: there they have the most turns
-GAMES = {"as in training": {},
-         "no clip": {"clip": "none"},
-         "two-sided clip": {"clip": "two_sided"},
-         "r = 1": {"ratio": "one"},
-         "adversary with the same labels": {"adversary": "same"},
-         "the same, r = 1": {"adversary": "same", "ratio": "one"}}
-
-
-def turn_values(seen, start, weights=None, adversary="swapped", clip="min", ratio="sequence", eps=0.3):
-    """Q of the player that has just trained, after each of its turns, by Eq. 6 and by Eq. 13:
-    {"protagonist": {"eq6": [...], "eq13": [...]}, "adversary": ...}. `seen` and `start` hold the log-probabilities of
-    both answers of every pair, as the human labels them."""
-    values = {player: {"eq6": [], "eq13": []} for player in ("protagonist", "adversary")}
-    latest = dict.fromkeys(values, torch.as_tensor(start))
-    for turn in seen:
-        player, other = sorted(values, key=lambda player: player != turn["player"])
-        latest[player] = torch.as_tensor(turn["logps"])
-        exchange = player == "adversary" and ADVERSARIES[adversary][0]
-        (chosen, rejected), (env_chosen, env_rejected) = (logps.flip(0) if exchange else logps
-                                                          for logps in (latest[player], latest[other]))
-        margin = preference_margin(chosen, rejected, env_chosen, env_rejected)
-        r = clipped_ratio(rejected, env_chosen, env_rejected, eps, clip, ratio, None)
-        for name, q in (("eq6", preference_probability(margin)), ("eq13", preference_probability(margin, r))):
-            values[player][name].append((q.mean() if weights is None else (weights * q).sum()).item())
-    return values
-
-
-def exact_game(n_iter=100, steps=25, lr=30.0, adversary="swapped", **readings):
-    """Algorithm 1 with nothing sampled: softmax policies over a table of 8 prompts x 5 answers in float64, the exact
-    expected loss over all pairs with Bradley-Terry labels, plain gradient descent. Returns turn_values."""
-    generator = torch.Generator().manual_seed(0)
-    rewards, start = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
-    w, l = torch.tensor([(i, j) for i in range(5) for j in range(5) if i != j]).T                 # (20,) each
-    weights = preference_probability(rewards[:, w] - rewards[:, l])                               # (8, 20)
-    weights /= weights.sum()
-    tables = {player: start.clone().requires_grad_() for player in ("protagonist", "adversary")}
-
-    def logps(player):
-        table = torch.log_softmax(tables[player], dim=-1)                                         # (8, 5)
-        return torch.stack([table[:, w], table[:, l]])                                            # (2, 8, 20)
-
-    schedule, seen = list(turns(n_iter, steps, steps)), []
-    for place, turn in enumerate(schedule):
-        player, other = sorted(tables, key=lambda player: player != turn[1])
-        exchange, sign = ADVERSARIES[adversary] if player == "adversary" else (False, +1)
-        agent, env = (logps.flip(0) if exchange else logps for logps in (logps(player), logps(other).detach()))
-        loss = sign * (weights * iopo_loss(*agent, *env, **readings)).sum()
-        [gradient] = torch.autograd.grad(loss, tables[player])
-        tables[player].data -= lr * gradient
-        if turn not in schedule[place + 1:place + 2]:
-            seen.append({"player": player, "logps": logps(player).detach()})
-    before = torch.log_softmax(start, dim=-1)
-    return turn_values(seen, torch.stack([before[:, w], before[:, l]]), weights, adversary, **readings)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction: tables (Markdown) and figures (PNG), made of the summary alone
-
-PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8", "IPO": "44.8/22/33.2",
-          "KTO-pair": "48/21.6/30.4"}                              # safe world view, judged by ERNIE-3.5
-PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO": "23.75, .9286, 13:203:11:23, 2.164",
-          "Iter-DPO": "7.6875, .961, 13:204:11:22, 2.152", "IOPO online": "11.875, .9659, -, 2.176"}
-
-
-def tables(summary):
-    """Name -> Markdown. A ± is half of the 95% interval over seeds, p that of a paired t-test."""
-    return {"adversary": table_adversary(summary), "table1": table1(summary), "table2": table2(summary),
-            "ablation": table_ablation(summary), "rounds": table_rounds(summary),
-            "theorems": table_theorems(summary), "choices": table_choices(summary)}
-
-
-def table_adversary(summary):
-    """Is the gain the adversary's or the ratio's?"""
-    def cell(label):
-        row = summary["rows"][label]
-        return f"{label}: {plus_minus(row['reward'])}, {plus_minus(row['accuracy'], 3)}"
-
-    return markdown(("true reward at T=0.8, accuracy", "trained adversary", "frozen SFT model (`--n-nu 0`)"),
-                    [("clipped ratio", cell("IOPO"), cell("ratio, no adversary")),
-                     ("r = 1 (`--ratio one`)", cell("adversary, no ratio"), cell("DPO"))])
-
-
-def table1(summary):
-    """The paper's Table 1: sampled answers, against the rows that start from SFT."""
-    rows, lines = summary["rows"], []
-    for label in ("IOPO", *TABLE1):
-        compared = ("", "")
-        if label != "IOPO":
-            compared = (difference(rows["IOPO"]["reward"], rows[label]["reward"]),
-                        counts(summary, f"IOPO against {label}, sampled", "/"))
-        lines.append((label, chosen_for(summary, label), plus_minus(rows[label]["reward"]), *compared,
-                      PAPER1.get(label, "")))
-    return markdown(("row", "lr x steps", "true reward, T=0.8", "IOPO minus row", "IOPO wins/ties/loses/both bad, %",
-                     "paper's wins/ties/loses, %"), lines)
-
-
-def table2(summary):
-    """The paper's Table 2: greedy answers, and margin and accuracy on held-out pairs; from the DPO model on."""
-    rows, lines = summary["rows"], []
-    for label in TABLE2:
-        row = rows[label]
-        margin, compared = ("-", "-"), ("", "")
-        if label != "SFT":
-            margin = f"{plus_minus(row['margin'])} ({mean(row['spread']):.2f})", plus_minus(row["accuracy"], 3)
-        if label != "IOPO online":
-            compared = (difference(rows["IOPO online"]["reward_greedy"], row["reward_greedy"]),
-                        counts(summary, f"IOPO online against {label}, greedy", ":"))
-        lines.append((label, chosen_for(summary, label), *margin, plus_minus(row["reward_greedy"]), *compared,
-                      PAPER2.get(label, "")))
-    return markdown(("row", "lr x steps", "margin vs SFT (spread)", "accuracy", "true reward, T=0",
-                     "IOPO online minus row", "IOPO online wins:ties:loses:both bad, %",
-                     "paper's margin, accuracy, counts of 250, mean"), lines)
-
-
-def table_ablation(summary):
-    """One factor at a time from IOPO."""
-    default, lines = summary["rows"]["IOPO"], []
-    for label in (*ALSO_COMPARED, *ABLATION):
-        row = summary["rows"][label]
-        lines.append((f"`{label}`" if label in ABLATION else label,
-                      f"{mean(row['margin']):.2f} ({mean(row['spread']):.2f})", plus_minus(row["accuracy"], 3),
-                      plus_minus(row["reward"]), difference(row["reward"], default["reward"]),
-                      what_happened(row, default)))
-    return markdown(("reading", "margin vs SFT (spread)", "accuracy", "true reward, T=0.8", "minus the default's",
-                     "what happened"), lines)
-
-
-def table_rounds(summary):
-    """Length, the biased judge's score and the true reward, round by round; round 0 is where the run starts."""
-    lines, curves = [], summary["curves"]
-    for name, words, digits in (("tokens", "tokens an answer", 1), ("judge", "judge", 2), ("reward", "true reward", 2)):
-        for label in ROUNDS:
-            before = [seed[-1] for seed in curves[VARIANTS[label].start][name]]
-            rounds = zip(*curves[label][name])
-            lines.append((words, label, *(plus_minus(seeds, digits) for seeds in (before, *rounds))))
-    return markdown(("", "row", *(f"round {number}" for number in range(len(lines[0]) - 2))), lines)
-
-
-def table_theorems(summary):
-    """Q after each turn of the exact game: D_t is Q_mu's increment from turn t - 1 to turn t (Eq. 18)."""
-    lines, sampled = [], summary["sampled_game"]
-    trained = {player: {eq: np.mean([seed[player][eq] for seed in sampled], axis=0) for eq in ("eq6", "eq13")}
-               for player in sampled[0]}
-    for name, game in [*summary["exact_game"].items(), (f"trained models, `{SHORT_TURNS}`", trained)]:
-        mu, nu, mu13 = game["protagonist"]["eq6"], game["adversary"]["eq6"], game["protagonist"]["eq13"]
-        increments = np.diff(mu)
-        near = 1 + next(turn for turn, q in enumerate(mu) if abs(q - mu[-1]) <= 0.01 * abs(mu[-1] - 0.5))
-        lines.append((name, str(len(mu)), f"{mu[0]:.4f} {mu[1]:.4f} {mu[2]:.4f} ... {mu[-1]:.4f}",
-                      f"{increments[1] / increments[0]:.2f}", f"{increments[-1]:.0e}", str(near),
-                      f"{nu[0]:.4f} ... {nu[-1]:.4f}", f"{mu13[0]:.2f} ... {mu13[-1]:.2f}"))
-    return markdown(("game", "turns", "Q_mu (Eq. 6), turns 1, 2, 3 ... last", "D_3 / D_2", "last D",
-                     "turns until within 1% of the last", "Q_nu (Eq. 6)", "Q_mu (Eq. 13)"), lines)
-
-
-def table_choices(summary):
-    """What was tuned, on which share of the human's votes."""
-    chosen = summary["tuning"]["chosen"]
-    return markdown(("row", "lr", "steps", "preferred to SFT on validation prompts"),
-                    [(label, f"{choice['lr']:g}", str(choice["steps"]), f"{choice['share']:.3f}")
-                     for label, choice in chosen.items()])
-
-
-def markdown(header, lines):
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
-
-
-def chosen_for(summary, label):
-    choice = summary["tuning"]["chosen"].get(label)
-    return "-" if choice is None else f"{choice['lr']:g} x {choice['steps']}"
-
-
-def counts(summary, pair, between):
-    """Percentages of win, tie, lose and bad."""
-    seeds = summary["against"][pair]
-    return between.join(plus_minus([100 * seed[kind] / sum(seed.values()) for seed in seeds], 0) for kind in seeds[0])
-
-
-def what_happened(row, default):
-    """One sentence; the default's lists may go on with more seeds."""
-    def higher(name):
-        return sum(ours > theirs for ours, theirs in zip(row[name], default[name]))
-    return (f"Reward higher on {higher('reward')} of {len(row['reward'])} seeds, accuracy on {higher('accuracy')}; "
-            f"margins spread {mean(row['spread']) / mean(default['spread'][:len(row['spread'])]):.1f} times as wide.")
-
-
-def plus_minus(values, digits=2):
-    """Mean and half of the 95% interval over seeds (Student's t)."""
-    return f"{np.mean(values):.{digits}f}" + (f" ± {half_interval(values):.{digits}f}" if len(values) > 1 else "")
-
-
-def difference(ours, theirs):
-    """Mean of the differences seed by seed with its 95% interval, and p of the paired t-test (two-sided)."""
-    differences = [a - b for a, b in zip(ours, theirs)]
-    shown = ("+" if np.mean(differences) >= 0 else "") + plus_minus(differences)
-    if len(differences) == 1:
-        return shown
-    p = t_test(differences)
-    return f"{shown}, p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}"
-
-
-def half_interval(values):
-    """Half the width of the 95% interval of a mean: t * standard error, the t whose two-sided p is 0.05."""
-    angles, beyond = student(len(values) - 1)
-    t = math.sqrt(len(values) - 1) * math.tan(np.interp(-0.05, -beyond, angles))
-    return t * np.std(values, ddof=1) / math.sqrt(len(values))
-
-
-def t_test(values):
-    """Two-sided p of Student's test that the mean is 0."""
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    angles, beyond = student(len(values) - 1)
-    return float(np.interp(math.atan2(abs(np.mean(values)), error * math.sqrt(len(values) - 1)), angles, beyond))
-
-
-def student(df):
-    """(angles, two-sided p) of Student's t with df degrees of freedom at t = sqrt(df) * tan(angle); the density in the
-    angle is proportional to cos^(df - 1)."""
-    edges = np.linspace(0, np.pi / 2, 20001)
-    area = np.concatenate([[0], np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (df - 1))])
-    return edges, 1 - area / area[-1]
-
-
-def draw(summary, folder):
-    """The figures as PNG files in folder; returns their names."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    def save(name, panels):
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
-        for axis, (across, up, lines) in zip(axes, panels):
-            for label, x, y in lines:
-                axis.plot(x, y, label=label)
-            axis.set(xlabel=across, ylabel=up)
-        axes[-1].legend(fontsize="small")
-        figure.savefig(folder / name, dpi=100, metadata={"Software": None})
-        pyplot.close(figure)
-        return name
-
-    def distributions(name, labels):
-        margins, across = summary["margins"], "margin against SFT, held-out pairs"
-        edges = np.array(margins["edges"])
-        middles, fine, normal = (edges[1:] + edges[:-1]) / 2, np.linspace(edges[0], edges[-1], 600), {}
-        for label in labels:
-            mu, sigma = margins[label]["mean"], margins[label]["std"]
-            normal[label] = np.exp(-((fine - mu) / sigma) ** 2 / 2) / (sigma * math.sqrt(2 * math.pi))
-        return save(name, [
-            (across, "density of the normal fit", [(label, fine, normal[label]) for label in labels]),
-            (across, f"pairs of {EXAM_PAIRS}", [(label, middles, margins[label]["counts"]) for label in labels])])
-
-    def curves(name, labels, across, measured):
-        return save(name, [(across, up, [(label, summary["curves"][label]["steps"],
-                                          np.mean(summary["curves"][label][what], axis=0)) for label in labels])
-                           for what, up in measured.items()])
-
-    def values(name):
-        def line(label, values):
-            return label, range(1, 1 + len(values)), values
-
-        exact = [line(label, game["protagonist"]["eq6"]) for label, game in summary["exact_game"].items()]
-        sampled = [line(player, np.mean([seed[player]["eq6"] for seed in summary["sampled_game"]], axis=0))
-                   for player in ("protagonist", "adversary")]
-        return save(name, [("turn", "Q_mu by Eq. 6, exact game", exact),
-                           ("turn", "Q by Eq. 6, trained models, held-out pairs", sampled)])
-
-    held_out = {"margin": "margin against SFT, held-out pairs", "accuracy": "accuracy on held-out pairs"}
-    answers = {"tokens": "tokens an answer", "judge": "biased judge", "reward": "true reward"}
-    return [distributions("figure3.png", FIGURE3), distributions("figure4.png", FIGURE4),
-            curves("figure5.png", FIGURE4, "protagonist's steps", held_out),
-            curves("rounds.png", ROUNDS, f"steps, {STEPS_PER_TURN} a round", answers), values("values.png")]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction: the command
-
-def reproduce(arguments):
-    """The command of that name."""
-    try:
-        options = reproduce_arguments(arguments)
-        seeds, ablation_seeds = (SEEDS[:1], SEEDS[:1]) if options.quick else (SEEDS, ABLATION_SEEDS)
-        out = Path(options.out)
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            try:
-                tuning = tune(options.out, pool, options.jobs) if options.tune else json.loads(TUNING.read_text())
-                seen = run_rows(tuning["chosen"], seeds, ablation_seeds, options.out, pool, options.jobs)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the runs that are left")
-    except (ValueError, OSError) as error:
-        print(f"eval.py reproduce: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
-    for name, table in tables(summary).items():
-        print(f"\n{name}\n\n{table}")
-    print()
-    for folder in [out, *([RESULTS.parent] if options.record else [])]:
-        folder.mkdir(exist_ok=True)
-        summary["figures"] = {}
-        if importlib.util.find_spec("matplotlib") is None:
-            print("no figures: they need matplotlib (pip install matplotlib)")
-        else:
-            summary["figures"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-                                  for name in draw(summary, folder)}
-        (folder / "tuning.json").write_text(json.dumps(summary["tuning"], indent=1) + "\n")
-        (folder / "results.json").write_text(json.dumps(summary) + "\n")
-        print(f"{folder}: results.json tuning.json {' '.join(summary['figures'])}")
-
-
-def rounded(summary):
-    """The same with six digits of every number, and lists for tuples: as it reads back from its file."""
-    return json.loads(json.dumps(summary), parse_float=lambda number: float(f"{float(number):.6g}"))
-
-
-def reproduce_arguments(arguments):
-    def refuse(message):
-        raise ValueError(message)
-
-    parser = argparse.ArgumentParser(
-        prog="eval.py reproduce", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"""Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
-
-Tables use seeds {SEEDS}, the ablation {ABLATION_SEEDS}. Learning rates and steps are the recorded ones, chosen on
-other seeds and prompts; --tune chooses them again first. A run that is done already is not done again, so a stopped
-command goes on; after a change of the code, take a new --out. Prints the tables, and writes results.json and, with
-matplotlib, the figures to --out.""")
-    parser.error = refuse
-    parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
-    parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
-    parser.add_argument("--record", action="store_true", help="write choices, results and figures to assets/ as well")
-    parser.add_argument("--out", default="runs/reproduce", help="folder of the runs (default runs/reproduce)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: all cores)")
-    options = parser.parse_args(arguments)
-    if options.jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
-    if options.quick and options.record:
-        raise ValueError("--record wants all seeds; leave out --quick")
-    if options.record and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--record draws the figures: pip install matplotlib")
-    if not options.tune and not TUNING.is_file():
-        raise ValueError(f"{TUNING}: no recorded choice of rates and steps; choose them by --tune")
-    return options
-
-
-# ----------------------------------------------------------------------------------------------------------
 # On the screen
 
 def print_report(report):
@@ -976,6 +332,686 @@ def parse_arguments(arguments):
         raise ValueError("--prompt holds bytes that are not UTF-8")
     if options.prompt is not None and (options.json or options.data or options.prompts is not None):
         raise ValueError("--prompt answers that one prompt; leave out --json, --data and --prompts")
+    return options
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: which runs
+
+SEEDS, ABLATION_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+TUNING_SEEDS = (100, 101, 102)                             # other pairs, first weights and SFT models than SEEDS
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)                     # the candidates for every row: learning rate
+STEPS = (50, 100, 150)                                     # and optimiser steps of the protagonist
+STEPS_PER_TURN = 25                                        # N_mu, but for the readings that change it
+TEST_SAMPLES, VALIDATION_SAMPLES = 4, 8                    # answers sampled to each prompt
+TUNING = Path(__file__).parent / "assets" / "tuning.json"
+RESULTS = Path(__file__).parent / "assets" / "results.json"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of a table: the options of train.py that make it, the row whose model it starts from, and the row whose
+    tuned learning rate and steps it takes (None: its own)."""
+    options: dict
+    start: str = "SFT"
+    tuned_as: str | None = None
+
+
+OFFLINE = {
+    "IOPO": Variant({"method": "iopo"}),
+    "DPO": Variant({"method": "dpo"}),
+    "HINGE": Variant({"method": "hinge"}),
+    "IPO": Variant({"method": "ipo"}),
+    "KTO-pair": Variant({"method": "kto_pair"}),
+    "AIPO": Variant({"method": "aipo"}),
+    "ratio, no adversary": Variant({"method": "iopo", "n_nu": 0}),
+    "adversary, no ratio": Variant({"method": "iopo", "ratio": "one"})}
+ONLINE = {
+    "DPO online": Variant({"method": "dpo"}, start="DPO"),                     # as much training as the other rows have
+    "IOPO online": Variant({"method": "iopo"}, start="DPO"),
+    "ratio, no adversary, online": Variant({"method": "iopo", "n_nu": 0}, start="DPO"),
+    "Iter-DPO": Variant({"method": "iter_dpo"}, start="DPO"),
+    "AIPO rounds": Variant({"method": "aipo"}),
+    "DPO rounds": Variant({"method": "iter_dpo", "keep": 1.0}),                # AIPO's pipeline with DPO's loss,
+    "DPO rounds, AIPO's lr": Variant({"method": "iter_dpo", "keep": 1.0}, tuned_as="AIPO rounds")}     # and at its rate
+ROUNDS = ("Iter-DPO", "AIPO rounds", "DPO rounds", "DPO rounds, AIPO's lr")
+ABLATION = {" ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()):
+            Variant({"method": "iopo", **options}, tuned_as="IOPO")
+            for options in ({"ratio": "length_normalized"}, {"ratio": "env"}, {"ratio": "one"},
+                            {"clip": "two_sided"}, {"clip": "none"}, {"adversary": "negated"}, {"adversary": "same"},
+                            {"eps": 0.1}, {"eps": 0.2}, {"eps": 0.5}, {"eps": 0.9},
+                            {"n_mu": 5, "n_nu": 5}, {"n_mu": 50, "n_nu": 50}, {"n_nu": 5}, {"n_nu": 50})}
+VARIANTS = OFFLINE | ONLINE | ABLATION
+ALSO_COMPARED = ("ratio, no adversary", "adversary, no ratio", "DPO")      # with IOPO, in the ablation's table
+TABLE1 = ("SFT", "DPO", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio, no adversary", "adversary, no ratio")
+TABLE2 = ("SFT", "DPO", "DPO online", "Iter-DPO", "AIPO rounds", "ratio, no adversary, online", "IOPO online")
+FIGURE3 = ("DPO", "HINGE", "IPO", "KTO-pair", "AIPO", "IOPO")
+FIGURE4 = ("DPO", "Iter-DPO", "IOPO online")
+FIGURE5 = (*FIGURE4, "DPO online", "ratio, no adversary, online")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: its folder, options of train.py, the split whose prompts its models answer, and the
+    protagonist's steps after which it is examined."""
+    folder: str
+    options: dict
+    split: str
+    steps: int
+
+    @property
+    def seconds(self):
+        """What it takes, roughly, in one process of one thread."""
+        config = config_of(self)
+        return 4 + 0.04 * config.sft_steps + 7 * config.rounds + \
+            0.1 * (config.rounds or config.n_iter) * (config.n_mu + config.n_nu)
+
+
+def task_of(label, seed, choice, split, out, suffix=""):
+    """The Task of a row. `choice`: {"lr": ..., "steps": ...}, the protagonist's."""
+    folder = f"{out}/{re.sub('[^a-z0-9.]+', '-', label.lower()).strip('-')}{suffix}-seed{seed}"
+    if label == "SFT":
+        return Task(folder, {"method": "sft", "n_iter": 0, "seed": seed}, split, 0)
+    variant, steps = VARIANTS[label], choice["steps"]
+    if label in ROUNDS:                                            # as many rounds for all, for the curves over rounds
+        length = {"rounds": max(STEPS) // STEPS_PER_TURN}
+    else:
+        length = {"n_iter": steps // variant.options.get("n_mu", STEPS_PER_TURN)}
+    start = task_of(variant.start, seed, choice, split, out).folder
+    options = {**variant.options, **length, "model": f"{start}/protagonist", "seed": seed, "lr": choice["lr"]}
+    return Task(folder, options, split, steps)
+
+
+def config_of(task):
+    """The whole train.Config of a Task."""
+    import train
+    return train.make_config({**task.options, "out": task.folder, "device": "cpu", "save_every": 0})
+
+
+def identity(task):
+    """All that a result follows from: the Task with all its options, the weights it starts from, the code, and what
+    it is looked at with."""
+    config = vars(config_of(task))
+    files = [Path(__file__).with_name(f"{room}.py") for room in ("iopo", "model", "data", "train")]
+    files += [Path(config["model"], "model.safetensors")] if config["model"] else []
+    return {"task": dataclasses.asdict(task), "config": config,
+            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+            "looks": [EXAM_PAIRS, TEST_SAMPLES, VALIDATION_SAMPLES, *STEPS]}
+
+
+def finished(task):
+    """What carry_out saw, if this very run was carried out before, else None."""
+    try:
+        result = json.loads(Path(task.folder, "result.json").read_text())
+        return result if result["identity"] == identity(task) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def carry_out(task):
+    """Train one run from its beginning and keep what its models did, after every turn and (test) at the end.
+
+    Only answers on the validation split, for the human to choose by; on the test split log-probabilities as well.
+    One thread, so that runs can go side by side and the result does not depend on how many do.
+    """
+    import train
+
+    torch.set_num_threads(1)
+    folder, config, test = Path(task.folder), config_of(task), task.split == "test"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        job = train.prepare(config)
+        train.save_config(config)
+        pairs = SafeWorld().exam_pairs("test", EXAM_PAIRS) if test else []
+        rows = encode_pairs(pairs, job.tokenizer, config.max_length)[0]
+        ids = [job.tokenizer.encode_prompt(prompt) for prompt in shuffled_prompts(task.split)]
+        result = {"identity": identity(task), "turns": [], "final": None, "failure": None}
+
+        def look(model, samples, greedy):
+            with tqdm(disable=True) as bar:
+                return {"logps": pair_logps(model, rows, bar).tolist() if rows else None,
+                        "sampled": answer(model, job.tokenizer, ids * samples, 48, 0.8, 0, bar),
+                        "greedy": answer(model, job.tokenizer, ids, 48, 0, 0, bar) if greedy else []}
+
+        def watch(step, iteration, player, players):
+            model, steps = players["adversary" if player == "adversary" else "protagonist"], iteration * config.n_mu
+            samples = 0 if player == "adversary" else 1 if test else VALIDATION_SAMPLES * (steps in (0, *STEPS))
+            result["turns"].append({"player": player, "steps": steps, **look(model, samples, greedy=False)})
+            if test and player != "adversary" and steps == task.steps:
+                result["final"] = look(model, TEST_SAMPLES, greedy=True)
+
+        try:
+            train.train(job, watch)
+        except (train.Refused, FloatingPointError) as error:       # some candidates of the tuning are beyond saving
+            result["failure"] = str(error)
+    text = json.dumps(result)
+    train.replace_file(folder / "result.json", text.encode())
+    return json.loads(text)                                        # as it reads back
+
+
+def carry_out_all(tasks, pool, bar):
+    """The results of tasks, in their order; those finished before are read back."""
+    results = [finished(task) for task in tasks]
+    waiting = {pool.submit(carry_out, task): number for number, task in enumerate(tasks) if results[number] is None}
+    bar.total -= sum(task.seconds for task, result in zip(tasks, results) if result is not None)
+    for future in concurrent.futures.as_completed(waiting):
+        number = waiting[future]
+        results[number] = future.result()
+        bar.update(tasks[number].seconds)
+        if tasks[number].split == "test" and results[number]["final"] is None:
+            raise ValueError(f"{tasks[number].folder} came to nothing: {results[number]['failure']}")
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: the choice of rates and steps
+
+def tune(out, pool, jobs):
+    """Learning rate and steps for every row that has its own: those whose sampled answers to the validation prompts
+    the noisy human most often prefers to the SFT model's. The same candidates and seeds for every row."""
+    def task(label, seed, choice=None, suffix=""):
+        return task_of(label, seed, choice, "validation", f"{out}/tuning", suffix)
+
+    def trials(labels):
+        return [(label, rate, seed) for label in labels for rate in RATES for seed in TUNING_SEEDS]
+
+    def tasks_of(labels):
+        return [task(label, seed, {"lr": rate, "steps": max(STEPS)}, f"-lr{rate:g}")
+                for label, rate, seed in trials(labels)]
+
+    def choose(labels):
+        for (label, rate, seed), result in zip(trials(labels), carry_out_all(tasks_of(labels), pool, bar)):
+            for turn in result["turns"]:
+                if turn["sampled"]:
+                    share = preferred(turn["sampled"], start[seed], seed) / len(TUNING_SEEDS)
+                    shares[label][f"{rate:g}"][turn["steps"]] += share
+        for label in labels:
+            share, rate, steps = max(((share, rate, steps) for rate, by_steps in shares[label].items()
+                                      for steps, share in by_steps.items()), key=lambda candidate: candidate[0])
+            chosen[label] = {"lr": float(rate), "steps": steps, "share": share}
+
+    own = [label for label, variant in VARIANTS.items() if variant.tuned_as is None]
+    from_sft = [label for label in own if VARIANTS[label].start == "SFT"]
+    from_dpo = [label for label in own if VARIANTS[label].start == "DPO"]
+    shares = {label: {f"{rate:g}": dict.fromkeys(STEPS, 0.0) for rate in RATES} for label in own}
+    chosen = {}
+    sft = [task("SFT", seed) for seed in TUNING_SEEDS]
+    longest = [task("DPO", seed, {"lr": RATES[0], "steps": max(STEPS)}) for seed in TUNING_SEEDS]
+    with progress("tuning", sft + tasks_of(own) + longest, jobs) as bar:
+        start = {seed: result["turns"][-1]["sampled"]
+                 for seed, result in zip(TUNING_SEEDS, carry_out_all(sft, pool, bar))}
+        choose(from_sft)
+        carry_out_all([task("DPO", seed, chosen["DPO"]) for seed in TUNING_SEEDS], pool, bar)
+        choose(from_dpo)
+    return {"seeds": TUNING_SEEDS, "shares": shares, "chosen": chosen}
+
+
+def preferred(answers, others, seed):
+    """The share of answers that the noisy human of the safe world prefers to the others; identical ones count half."""
+    world, rng, prompts = SafeWorld(), np.random.default_rng(seed), shuffled_prompts("validation")
+    votes = [0.5 if ours == theirs else world.prefers(prompt, ours, theirs, rng)
+             for prompt, (ours, _), (theirs, _) in zip(itertools.cycle(prompts), answers, others)]
+    return sum(votes) / len(votes)
+
+
+def progress(name, tasks, jobs):
+    """A bar over the seconds that tasks take in one process."""
+    seconds = sum(task.seconds for task in tasks)
+    print(f"{name}: {len(tasks)} runs, about {seconds / jobs / 60:.0f} minutes if none is done yet", flush=True)
+    return tqdm(total=seconds, desc=name, unit="s of work", smoothing=0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: what the runs come to
+
+def run_rows(chosen, seeds, ablation_seeds, out, pool, jobs):
+    """Carry out every row for every seed on the test split: {label: [what carry_out saw, per seed]}."""
+    seeds_of = {"SFT": seeds} | {label: ablation_seeds if label in ABLATION else seeds for label in VARIANTS}
+    stages = [["SFT"], *([label for label, variant in VARIANTS.items() if variant.start == start]
+                         for start in ("SFT", "DPO"))]
+
+    def tasks_of(label):
+        choice = None if label == "SFT" else chosen[VARIANTS[label].tuned_as or label]
+        return [task_of(label, seed, choice, "test", out) for seed in seeds_of[label]]
+
+    seen, everything = {}, [task for label in seeds_of for task in tasks_of(label)]
+    with progress("reproduction", everything, jobs) as bar:
+        for stage in stages:
+            results = iter(carry_out_all([task for label in stage for task in tasks_of(label)], pool, bar))
+            seen |= {label: list(itertools.islice(results, len(seeds_of[label]))) for label in stage}
+    return seen
+
+
+def summarize(seen, seeds):
+    """All numbers of the tables and figures, JSON-able; a list has one number per seed, in the order of `seeds`."""
+    world, prompts = SafeWorld(), shuffled_prompts("test")
+    models = {label: [as_result(result["final"]) for result in results] for label, results in seen.items()}
+    rows, curves = {}, {}
+    for label in models:
+        measured = [measure(model, sft, prompts * TEST_SAMPLES, world)
+                    for model, sft in zip(models[label], models["SFT"])]
+        rows[label] = {name: [seed[name] for seed in measured] for name in measured[0]}
+    for label in ("SFT", *OFFLINE, *ONLINE):
+        turns_of = [[turn for turn in result["turns"] if turn["player"] != "adversary"] for result in seen[label]]
+        turns_of = [*zip(*zip(*turns_of))]                         # a run that ended early ends the row's curves there
+        measured = [[measure(as_result(turn), sft, prompts, world) for turn in run]
+                    for run, sft in zip(turns_of, models["SFT"])]
+        curves[label] = {"steps": [turn["steps"] for turn in turns_of[0]],
+                         **{name: [[turn[name] for turn in run] for run in measured]
+                            for name in ("margin", "accuracy", "tokens", "reward", "judge")}}
+    against = {f"{ours} against {theirs}, {answers}":
+               [compare(a, b, prompts * TEST_SAMPLES, world, answers) for a, b in zip(models[ours], models[theirs])]
+               for ours, others, answers in (("IOPO", TABLE1, "sampled"), ("IOPO online", TABLE2, "greedy"))
+               for theirs in others if theirs != ours}
+    margins = {label: torch.stack([preference_margin(*model["logps"], *sft["logps"], beta=EXAM_BETA)
+                                   for model, sft in zip(models[label], models["SFT"])])            # (seeds, pairs)
+               for label in (*FIGURE3, *FIGURE4)}
+    return {"seeds": seeds, "rows": rows, "against": against, "curves": curves,
+            "figure3": histogram({label: margins[label] for label in FIGURE3}),
+            "figure4": histogram({label: margins[label] for label in FIGURE4}),
+            "sampled_game": [turn_values(result["turns"], sft["logps"])
+                             for result, sft in zip(seen[SHORT_TURNS], models["SFT"])],
+            "exact_game": {name: exact_game(**readings) for name, readings in GAMES.items()}}
+
+
+def as_result(look):
+    """What carry_out saw of a model, in the shape that the examination above takes."""
+    return {**look, "logps": torch.tensor(look["logps"])}
+
+
+def measure(model, sft, prompts, world):
+    margin, spread, accuracy = margins(model, sft)
+    judged = mean(world.judge(prompt, text) for prompt, (text, _) in zip(prompts, model["sampled"]))
+    return {"margin": margin, "spread": spread, "accuracy": accuracy, "judge": judged, **quality(model, prompts, world)}
+
+
+def histogram(samples):
+    """Counts in common bins, mean over seeds, and mean and standard deviation over all pairs and seeds. The bins suit
+    the row in the middle; what lies outside counts in the outermost ones. samples: label -> (seeds, pairs)."""
+    reach = 1.5 * float(np.median([values.abs().quantile(0.98).item() for values in samples.values()]))
+    edges = torch.linspace(-reach, reach, 41)
+    rows = {}
+    for label, values in samples.items():
+        counts = torch.histogram(values.clamp(-reach, reach), edges).hist / len(values)
+        rows[label] = {"counts": counts.tolist(), "mean": values.mean().item(), "std": values.std().item()}
+    return {"edges": edges.tolist(), "rows": rows}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: the theorems' Q, in the sampled game and in an exact one
+
+OTHER = {"protagonist": "adversary", "adversary": "protagonist"}
+SHORT_TURNS = "--n-mu 5 --n-nu 5"          # the trained models whose Q is followed: there they have the most turns
+GAMES = {"as in training": {},
+         "no clip": {"clip": "none"},
+         "two-sided clip": {"clip": "two_sided"},
+         "r = 1": {"ratio": "one"},
+         "adversary with the same labels": {"adversary": "same"},
+         "the same, r = 1": {"adversary": "same", "ratio": "one"}}
+
+
+def turn_values(seen, start, weights=None, adversary="swapped", clip="min", ratio="sequence", eps=0.3):
+    """Q of the player that has just trained, after each of its turns, by Eq. 6 and by Eq. 13:
+    {"protagonist": {"eq6": [...], "eq13": [...]}, "adversary": ...}. `seen` and `start` hold the log-probabilities of
+    both answers of every pair, as the human labels them."""
+    values = {player: {"eq6": [], "eq13": []} for player in OTHER}
+    latest = dict.fromkeys(values, torch.as_tensor(start))
+    for turn in seen:
+        player = turn["player"]
+        latest[player] = torch.as_tensor(turn["logps"])
+        exchange = player == "adversary" and ADVERSARIES[adversary][0]
+        (chosen, rejected), (env_chosen, env_rejected) = (logps.flip(0) if exchange else logps
+                                                          for logps in (latest[player], latest[OTHER[player]]))
+        margin = preference_margin(chosen, rejected, env_chosen, env_rejected)
+        r = clipped_ratio(rejected, env_chosen, env_rejected, eps, clip, ratio, None)
+        for name, q in (("eq6", preference_probability(margin)), ("eq13", preference_probability(margin, r))):
+            values[player][name].append((q.mean() if weights is None else (weights * q).sum()).item())
+    return values
+
+
+def exact_game(n_iter=100, steps=25, lr=30.0, adversary="swapped", **readings):
+    """Algorithm 1 with nothing sampled: softmax policies over a table of 8 prompts x 5 answers in float64, the exact
+    expected loss over all pairs with Bradley-Terry labels, plain gradient descent. Returns turn_values."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, start = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)
+    w, l = torch.tensor([(i, j) for i in range(5) for j in range(5) if i != j]).T                 # (20,) each
+    weights = preference_probability(rewards[:, w] - rewards[:, l])                               # (8, 20)
+    weights /= weights.sum()
+    tables = {player: start.clone().requires_grad_() for player in OTHER}
+
+    def logps(player):
+        table = torch.log_softmax(tables[player], dim=-1)                                         # (8, 5)
+        return torch.stack([table[:, w], table[:, l]])                                            # (2, 8, 20)
+
+    schedule, seen = list(turns(n_iter, steps, steps)), []
+    for place, turn in enumerate(schedule):
+        player = turn[1]
+        exchange, sign = ADVERSARIES[adversary] if player == "adversary" else (False, +1)
+        agent, env = (both.flip(0) if exchange else both for both in (logps(player), logps(OTHER[player]).detach()))
+        loss = sign * (weights * iopo_loss(*agent, *env, **readings)).sum()
+        [gradient] = torch.autograd.grad(loss, tables[player])
+        tables[player].data -= lr * gradient
+        if turn not in schedule[place + 1:place + 2]:
+            seen.append({"player": player, "logps": logps(player).detach()})
+    before = torch.log_softmax(start, dim=-1)
+    return turn_values(seen, torch.stack([before[:, w], before[:, l]]), weights, adversary, **readings)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: tables (Markdown) and figures (PNG), made of the summary alone
+
+SHOWN = (("reward", 2), ("accuracy", 3))
+PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8", "IPO": "44.8/22/33.2",
+          "KTO-pair": "48/21.6/30.4"}                              # safe world view, judged by ERNIE-3.5
+PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO": "23.75, .9286, 13:203:11:23, 2.164",
+          "Iter-DPO": "7.6875, .961, 13:204:11:22, 2.152", "IOPO online": "11.875, .9659, -, 2.176"}
+
+
+def tables(summary):
+    """Name -> Markdown. A ± is half of the 95% interval over seeds, p that of a paired t-test."""
+    return {"adversary": table_adversary(summary), "table1": table1(summary), "table2": table2(summary),
+            "ablation": table_ablation(summary), "rounds": table_rounds(summary),
+            "theorems": table_theorems(summary), "choices": table_choices(summary)}
+
+
+def table_adversary(summary):
+    """Is the gain the adversary's or the ratio's?"""
+    rows, grid = summary["rows"], (("IOPO", "ratio, no adversary"), ("adversary, no ratio", "DPO"))
+
+    def gain(ours, theirs):
+        return "; ".join(difference(rows[ours][name], rows[theirs][name], digits) for name, digits in SHOWN)
+
+    lines = [(name, *("; ".join(plus_minus(rows[label][name], digits) for name, digits in SHOWN) for label in labels),
+              gain(*labels)) for name, labels in zip(("clipped ratio (Eq. 12)", "r = 1 (`--ratio one`)"), grid)]
+    lines.append(("the ratio's gain", *(gain(*labels) for labels in zip(*grid)), ""))
+    return markdown(("true reward at T=0.8; accuracy", "trained adversary", "frozen SFT model (`--n-nu 0`)",
+                     "the adversary's gain"), lines)
+
+
+def table1(summary):
+    """The paper's Table 1: sampled answers, against the rows that start from SFT."""
+    rows, lines = summary["rows"], []
+    for label in ("IOPO", *TABLE1):
+        compared = ("", "")
+        if label != "IOPO":
+            compared = (difference(rows["IOPO"]["reward"], rows[label]["reward"]),
+                        counts(summary, f"IOPO against {label}, sampled", "/"))
+        lines.append((label, chosen_for(summary, label), plus_minus(rows[label]["reward"]), *compared,
+                      PAPER1.get(label, "")))
+    return markdown(("row", "lr x steps", "true reward, T=0.8", "IOPO minus row", "IOPO wins/ties/loses/both bad, %",
+                     "paper's wins/ties/loses, %"), lines)
+
+
+def table2(summary):
+    """The paper's Table 2: greedy answers, and margin and accuracy on held-out pairs. The rows called online and
+    Iter-DPO go on from the DPO model, the others start from SFT."""
+    rows, lines = summary["rows"], []
+    for label in TABLE2:
+        row = rows[label]
+        margin, compared = ("-", "-"), ("", "", "")
+        if label != "SFT":
+            margin = f"{plus_minus(row['margin'])} ({mean(row['spread']):.2f})", plus_minus(row["accuracy"], 3)
+        if label != "IOPO online":
+            compared = (difference(rows["IOPO online"]["reward_greedy"], row["reward_greedy"]),
+                        difference(rows["IOPO online"]["accuracy"], row["accuracy"], 3) if label != "SFT" else "-",
+                        counts(summary, f"IOPO online against {label}, greedy", ":"))
+        lines.append((label, chosen_for(summary, label), *margin, plus_minus(row["reward_greedy"]), *compared,
+                      PAPER2.get(label, "")))
+    return markdown(("row", "lr x steps", "margin vs SFT (spread)", "accuracy", "true reward, T=0",
+                     "IOPO online minus row: reward", "accuracy", "IOPO online wins:ties:loses:both bad, %",
+                     "paper's margin, accuracy, counts of 250, mean"), lines)
+
+
+def table_ablation(summary):
+    """One factor at a time from IOPO."""
+    default, lines = summary["rows"]["IOPO"], []
+    for label in ("IOPO", *ALSO_COMPARED, *ABLATION):
+        row = summary["rows"][label]
+        compared = ("", "the default") if label == "IOPO" else (difference(row["reward"], default["reward"]),
+                                                                what_happened(row, default))
+        lines.append((f"`{label}`" if label in ABLATION else label, chosen_for(summary, label), str(len(row["reward"])),
+                      f"{mean(row['margin']):.2f} ({mean(row['spread']):.2f})", plus_minus(row["accuracy"], 3),
+                      plus_minus(row["reward"]), *compared))
+    return markdown(("reading", "lr x steps", "seeds", "margin vs SFT (spread)", "accuracy", "true reward, T=0.8",
+                     "minus the default's", "what happened"), lines)
+
+
+def table_rounds(summary):
+    """Length, the biased judge's score and the true reward, round by round; round 0 is where the run starts."""
+    lines, curves = [], summary["curves"]
+    for name, words, digits in (("tokens", "tokens an answer", 1), ("judge", "judge", 2), ("reward", "true reward", 2)):
+        for label in ROUNDS:
+            before = [seed[-1] for seed in curves[VARIANTS[label].start][name]]
+            rounds = [before, *zip(*curves[label][name])]
+            control = [seed[-1] for seed in curves[ROUNDS[-1]][name]]
+            last = difference(rounds[-1], control) if label != ROUNDS[-1] else ""
+            lines.append((words, label, *(plus_minus(seeds, digits) for seeds in rounds), last))
+    return markdown(("", "row", *(f"round {number}" for number in range(len(lines[0]) - 3)),
+                     f"last round minus that of {ROUNDS[-1]}"), lines)
+
+
+def table_theorems(summary):
+    """Q after each turn of the exact game: D_t is Q_mu's increment from turn t - 1 to turn t (Eq. 18)."""
+    lines, sampled = [], summary["sampled_game"]
+    trained = {player: {eq: np.mean([seed[player][eq] for seed in sampled], axis=0) for eq in ("eq6", "eq13")}
+               for player in sampled[0]}
+    for name, game in [*summary["exact_game"].items(), (f"trained models, `{SHORT_TURNS}`", trained)]:
+        mu, nu, mu13 = game["protagonist"]["eq6"], game["adversary"]["eq6"], game["protagonist"]["eq13"]
+        increments = np.diff(mu)
+        near = 1 + next(turn for turn, q in enumerate(mu) if abs(q - mu[-1]) <= 0.01 * abs(mu[-1] - 0.5))
+        lines.append((name, str(len(mu)), f"{mu[0]:.4f} {mu[1]:.4f} {mu[2]:.4f} ... {mu[-1]:.4f}",
+                      f"{increments[1] / increments[0]:.2f}", f"{increments[-1]:.0e}", str(near),
+                      f"{nu[0]:.4f} ... {nu[-1]:.4f}", f"{mu13[0]:.2f} ... {mu13[-1]:.2f}"))
+    return markdown(("game", "turns", "Q_mu (Eq. 6), turns 1, 2, 3 ... last", "D_3 / D_2", "last D",
+                     "turns until within 1% of the last", "Q_nu (Eq. 6)", "Q_mu (Eq. 13)"), lines)
+
+
+def table_choices(summary):
+    """What was tuned, on which share of the human's votes."""
+    chosen = summary["tuning"]["chosen"]
+    return markdown(("row", "lr", "steps", "preferred to SFT on validation prompts"),
+                    [(label, f"{choice['lr']:g}", str(choice["steps"]), f"{choice['share']:.3f}")
+                     for label, choice in chosen.items()])
+
+
+def markdown(header, lines):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def chosen_for(summary, label):
+    """"lr x steps" of a row."""
+    if label == "SFT":
+        return "-"
+    choice = summary["tuning"]["chosen"][VARIANTS[label].tuned_as or label]
+    return f"{choice['lr']:g} x {choice['steps']}"
+
+
+def counts(summary, pair, between):
+    """Percentages of win, tie, lose and bad."""
+    seeds = summary["against"][pair]
+    return between.join(plus_minus([100 * seed[kind] / sum(seed.values()) for seed in seeds], 0) for kind in seeds[0])
+
+
+def what_happened(row, default):
+    """One sentence; the default's lists may go on with more seeds."""
+    def higher(name):
+        return sum(ours > theirs for ours, theirs in zip(row[name], default[name]))
+    return (f"Reward higher on {higher('reward')} of {len(row['reward'])} seeds, accuracy on {higher('accuracy')}; "
+            f"margins spread {mean(row['spread']) / mean(default['spread'][:len(row['spread'])]):.1f} times as wide.")
+
+
+def plus_minus(values, digits=2):
+    """Mean and half of the 95% interval over seeds (Student's t)."""
+    return f"{np.mean(values):.{digits}f}" + (f" ± {half_interval(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def difference(ours, theirs, digits=2):
+    """Mean of the differences seed by seed with its 95% interval, and p of the paired t-test (two-sided)."""
+    differences = [a - b for a, b in zip(ours, theirs)]
+    shown = ("+" if np.mean(differences) >= 0 else "") + plus_minus(differences, digits)
+    if len(differences) == 1:
+        return shown
+    p = t_test(differences)
+    return f"{shown}, p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'}"
+
+
+def half_interval(values):
+    """Half the width of the 95% interval of a mean: t * standard error, the t whose two-sided p is 0.05."""
+    angles, beyond = student(len(values) - 1)
+    t = math.sqrt(len(values) - 1) * math.tan(np.interp(-0.05, -beyond, angles))
+    return t * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def t_test(values):
+    """Two-sided p of Student's test that the mean is 0."""
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    angles, beyond = student(len(values) - 1)
+    return float(np.interp(math.atan2(abs(np.mean(values)), error * math.sqrt(len(values) - 1)), angles, beyond))
+
+
+def student(df):
+    """(angles, two-sided p) of Student's t with df degrees of freedom at t = sqrt(df) * tan(angle); the density in the
+    angle is proportional to cos^(df - 1)."""
+    edges = np.linspace(0, np.pi / 2, 20001)
+    area = np.concatenate([[0], np.cumsum(np.cos((edges[1:] + edges[:-1]) / 2) ** (df - 1))])
+    return edges, 1 - area / area[-1]
+
+
+def draw(summary, folder):
+    """The figures as PNG files in folder; returns their names."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    def save(name, panels):
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained")
+        for axis, (across, up, lines) in zip(axes, panels):
+            for label, x, y, *half in lines:
+                [line] = axis.plot(x, y, label=label)
+                if half:
+                    axis.fill_between(x, y - half[0], y + half[0], color=line.get_color(), alpha=0.12, linewidth=0)
+            axis.set(xlabel=across, ylabel=up)
+            axis.legend(fontsize="x-small")
+        figure.savefig(folder / name, dpi=100, metadata={"Software": None})
+        pyplot.close(figure)
+        return name
+
+    def distributions(name):
+        edges, rows = np.array(summary[name]["edges"]), summary[name]["rows"]
+        middles, fine = (edges[1:] + edges[:-1]) / 2, np.linspace(edges[0], edges[-1], 600)
+
+        def density(mean, std):
+            return np.exp(-((fine - mean) / std) ** 2 / 2) / (std * math.sqrt(2 * math.pi))
+
+        normal = [(label, fine, density(row["mean"], row["std"])) for label, row in rows.items()]
+        across = "margin against SFT, held-out pairs"
+        return save(f"{name}.png", [(across, "density of the normal fit", normal), (
+            across, f"pairs of {EXAM_PAIRS}", [(label, middles, row["counts"]) for label, row in rows.items()])])
+
+    def curves(name, labels, across, measured):
+        def line(label, what):
+            seeds = summary["curves"][label][what]
+            half = [half_interval(values) for values in zip(*seeds)] if len(seeds) > 1 else 0
+            return label, summary["curves"][label]["steps"], np.mean(seeds, axis=0), np.array(half)
+
+        return save(name, [(across, up, [line(label, what) for label in labels]) for what, up in measured.items()])
+
+    def values(name):
+        def line(label, values):
+            return label, range(1, 1 + len(values)), values
+
+        exact = [line(label, game["protagonist"]["eq6"]) for label, game in summary["exact_game"].items()]
+        sampled = [line(player, np.mean([seed[player]["eq6"] for seed in summary["sampled_game"]], axis=0))
+                   for player in OTHER]
+        return save(name, [("turn", "Q_mu by Eq. 6, exact game", exact),
+                           ("turn", "Q by Eq. 6, trained models, held-out pairs", sampled)])
+
+    held_out = {"margin": "margin against SFT, held-out pairs", "accuracy": "accuracy on held-out pairs"}
+    answers = {"tokens": "tokens an answer", "judge": "biased judge", "reward": "true reward"}
+    return [distributions("figure3"), distributions("figure4"),
+            curves("figure5.png", FIGURE5, "protagonist's steps", held_out),
+            curves("rounds.png", ROUNDS, f"steps, {STEPS_PER_TURN} a round", answers), values("values.png")]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The reproduction: the command
+
+def reproduce(arguments):
+    """The command of that name."""
+    try:
+        options = reproduce_arguments(arguments)
+        seeds, ablation_seeds = (SEEDS[:1], SEEDS[:1]) if options.quick else (SEEDS, ABLATION_SEEDS)
+        out = Path(options.out).as_posix()
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+            try:
+                tuning = tune(out, pool, options.jobs) if options.tune else json.loads(TUNING.read_text())
+                seen = run_rows(tuning["chosen"], seeds, ablation_seeds, out, pool, options.jobs)
+            except BaseException:                                  # what is running now has nobody to tell
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+        summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
+        for name, table in tables(summary).items():
+            print(f"\n{name}\n\n{table}")
+        print()
+        for folder in (Path(out, "quick") if options.quick else Path(out), RESULTS.parent)[:1 + options.record]:
+            save_summary(summary, folder)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command goes on with the runs that are left")
+    except concurrent.futures.BrokenExecutor:
+        sys.exit("\na run was killed from outside, perhaps for memory (fewer --jobs?); the same command goes on")
+    except (ValueError, OSError) as error:
+        print(f"eval.py reproduce: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def save_summary(summary, folder):
+    folder.mkdir(exist_ok=True)
+    figures = []
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: they need matplotlib (pip install matplotlib)")
+    else:
+        figures = draw(summary, folder)
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in figures}
+    summary = {**summary, "figures": digests}
+    (folder / "tuning.json").write_text(json.dumps(summary["tuning"], indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(summary) + "\n")
+    print(f"{folder}: results.json tuning.json {' '.join(figures)}")
+
+
+def rounded(summary):
+    """The same with six digits of every number, and lists for tuples: as it reads back from its file."""
+    return json.loads(json.dumps(summary), parse_float=lambda number: float(f"{float(number):.6g}"))
+
+
+def reproduce_arguments(arguments):
+    def refuse(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(
+        prog="eval.py reproduce", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
+
+Tables use seeds {SEEDS}, the ablation {ABLATION_SEEDS}. Learning rates and steps are the recorded ones, chosen on
+other seeds and prompts; --tune chooses them again first. A run that is done already is not done again, so a stopped
+command goes on. Prints the tables, and writes results.json and, with matplotlib, the figures to --out.""")
+    parser.error = refuse
+    parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
+    parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
+    parser.add_argument("--record", action="store_true", help="write choices, results and figures to assets/ as well")
+    parser.add_argument("--out", default="runs/reproduce", help="folder of the runs (default runs/reproduce)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side (default: all cores)")
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
+    if options.quick and options.record:
+        raise ValueError("--record wants all seeds; leave out --quick")
+    if options.record and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--record draws the figures: pip install matplotlib")
+    if not options.tune and not TUNING.is_file():
+        raise ValueError(f"{TUNING}: no recorded choice of rates and steps; choose them by --tune")
     return options
 
 

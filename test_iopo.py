@@ -1389,7 +1389,8 @@ def test_rooms_import_only_what_they_may():
 def test_readme_names_what_exists():
     readme = (HERE / "README.md").read_text()
     fields = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
-    flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help"}
+    flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help",
+                      "--quick", "--tune", "--record", "--jobs"}
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme):
         assert flag in flags, flag
     for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)`", readme):
@@ -1489,7 +1490,8 @@ def small_plan(monkeypatch, tmp_path):
     for name, value in (("VARIANTS", shorter), ("SEEDS", (0, 1)), ("ABLATION_SEEDS", (0, 1)), ("TUNING_SEEDS", (100,)),
                         ("RATES", (1e-4, 1e-3)), ("STEPS", (4, 6)), ("STEPS_PER_TURN", 2), ("VALIDATION_SAMPLES", 1),
                         ("TEST_SAMPLES", 2), ("TABLE1", ("SFT", "DPO")), ("TABLE2", ("SFT", "DPO", "Iter-DPO", "IOPO online")),
-                        ("FIGURE3", ("DPO", "IOPO")), ("FIGURE4", ("DPO", "Iter-DPO", "IOPO online")), ("ROUNDS", ("Iter-DPO",)),
+                        ("FIGURE3", ("DPO", "IOPO")), ("FIGURE4", ("DPO", "Iter-DPO", "IOPO online")), ("FIGURE5", ("DPO",)),
+                        ("ROUNDS", ("Iter-DPO",)),
                         ("GAMES", {"short": {"n_iter": 3}}), ("ABLATION", {examination.SHORT_TURNS: None}), ("ALSO_COMPARED", ("DPO",)),
                         ("TUNING", tmp_path / "assets/tuning.json"), ("RESULTS", tmp_path / "assets/results.json")):
         monkeypatch.setattr(examination, name, value)
@@ -1554,7 +1556,7 @@ def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys):
     for name, digest in json.loads((tmp_path / "assets/results.json").read_text())["figures"].items():
         assert hashlib.sha256((tmp_path / "assets" / name).read_bytes()).hexdigest() == digest
     examination.main(["reproduce", "--quick", "--out", "out"])     # from what is recorded now
-    assert Inline.tasks == [] and json.loads((out / "results.json").read_text())["seeds"] == [0]
+    assert Inline.tasks == [] and json.loads((out / "quick/results.json").read_text())["seeds"] == [0]
 
 
 def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
@@ -1574,7 +1576,7 @@ def test_reproduction_flags_that_are_refused(flags, word, capsys):
 
 def test_the_readme_shows_what_was_recorded():
     """Every table of the reproduction stands in the README as results.json has it, and the figures are that run's."""
-    readme, results = (HERE / "README.md").read_text(), json.loads((HERE / "assets/results.json").read_text())
+    readme, results = (HERE / "README.md").read_text(encoding="utf-8"), json.loads((HERE / "assets/results.json").read_text())
     for name, table in examination.tables(results).items():
         assert table in readme, name
     assert results["figures"]

@@ -190,7 +190,8 @@ def check_use(config, given):
             ("--rounds 0", not config.rounds, ["candidates", "keep"]),
             (f"--rounds {config.rounds}", config.rounds, ["n_iter"]),
             ("--n-iter 0", config.n_iter == 0 and not config.rounds, ["n_mu", "n_nu", "lr", "adversary", *every]),
-            ("--n-mu 0 and no adversary", config.n_mu == config.n_nu == 0, ["n_iter", "rounds", "lr", *every]),
+            ("--n-mu 0 and no adversary", config.n_mu == config.n_nu == 0,
+             ["n_iter", "rounds", "candidates", "keep", "lr", *every]),
             ("no SFT (--sft-steps)", not config.sft_steps and (config.model or config.sft_steps == 0), ["sft_lr"])):
         ignored |= dict.fromkeys(names, reason) if holds else {}
     for name in given:
