@@ -711,8 +711,8 @@ PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO": "23.75, .9286, 13:203:11:23
 def tables(summary):
     """Name -> Markdown. A ± is half of the 95% interval over seeds, p that of a paired t-test."""
     return {"adversary": table_adversary(summary), "table1": table1(summary), "table2": table2(summary),
-            "ablation": table_ablation(summary), "rounds": table_rounds(summary),
-            "theorems": table_theorems(summary), "choices": table_choices(summary)}
+            "table2, differences": table2_differences(summary), "ablation": table_ablation(summary),
+            "rounds": table_rounds(summary), "theorems": table_theorems(summary), "choices": table_choices(summary)}
 
 
 def table_adversary(summary):
@@ -733,34 +733,43 @@ def table1(summary):
     """The paper's Table 1: sampled answers, against the rows that start from SFT."""
     rows, lines = summary["rows"], []
     for label in ("IOPO", *TABLE1):
-        compared = ("", "")
+        compared = [""] * 3
         if label != "IOPO":
-            compared = (difference(rows["IOPO"]["reward"], rows[label]["reward"]),
-                        counts(summary, f"IOPO against {label}, sampled", "/"))
+            compared = [difference(rows["IOPO"]["reward"], rows[label]["reward"]),
+                        *counts(summary, f"IOPO against {label}, sampled", "/")]
         lines.append((label, chosen_for(summary, label), plus_minus(rows[label]["reward"]), *compared,
                       PAPER1.get(label, "")))
     return markdown(("row", "lr x steps", "true reward, T=0.8", "IOPO minus row", "IOPO wins/ties/loses/both bad, %",
-                     "paper's wins/ties/loses, %"), lines)
+                     "wins minus loses", "paper's wins/ties/loses, %"), lines)
 
 
 def table2(summary):
     """The paper's Table 2: greedy answers, and margin and accuracy on held-out pairs. The rows called online and
     Iter-DPO go on from the DPO model, the others start from SFT."""
-    rows, lines = summary["rows"], []
+    lines = []
     for label in TABLE2:
-        row = rows[label]
-        margin, compared = ("-", "-"), ("", "", "")
-        if label != "SFT":
-            margin = f"{plus_minus(row['margin'])} ({mean(row['spread']):.2f})", plus_minus(row["accuracy"], 3)
-        if label != "IOPO online":
-            compared = (difference(rows["IOPO online"]["reward_greedy"], row["reward_greedy"]),
-                        difference(rows["IOPO online"]["accuracy"], row["accuracy"], 3) if label != "SFT" else "-",
-                        counts(summary, f"IOPO online against {label}, greedy", ":"))
-        lines.append((label, chosen_for(summary, label), *margin, plus_minus(row["reward_greedy"]), *compared,
+        row = summary["rows"][label]
+        margin = ("-", "-") if label == "SFT" else (f"{plus_minus(row['margin'])} ({mean(row['spread']):.2f})",
+                                                    plus_minus(row["accuracy"], 3))
+        compared = counts(summary, f"IOPO online against {label}, greedy", ":")[0] if label != "IOPO online" else ""
+        lines.append((label, chosen_for(summary, label), *margin, compared, plus_minus(row["reward_greedy"]),
                       PAPER2.get(label, "")))
-    return markdown(("row", "lr x steps", "margin vs SFT (spread)", "accuracy", "true reward, T=0",
-                     "IOPO online minus row: reward", "accuracy", "IOPO online wins:ties:loses:both bad, %",
+    return markdown(("row", "lr x steps", "margin vs SFT (spread)", "accuracy",
+                     "IOPO online wins:ties:loses:both bad, %", "true reward, T=0",
                      "paper's margin, accuracy, counts of 250, mean"), lines)
+
+
+def table2_differences(summary):
+    """IOPO online minus every other row of Table 2."""
+    ours, lines = summary["rows"]["IOPO online"], []
+    for label in TABLE2[:-1]:
+        row = summary["rows"][label]
+        margin = ("-", "-") if label == "SFT" else (difference(ours["margin"], row["margin"]),
+                                                    difference(ours["accuracy"], row["accuracy"], 3))
+        lines.append((label, *margin, counts(summary, f"IOPO online against {label}, greedy", ":")[1],
+                      difference(ours["reward_greedy"], row["reward_greedy"])))
+    return markdown(("IOPO online minus", "margin vs SFT", "accuracy", "wins minus loses, %", "true reward, T=0"),
+                    lines)
 
 
 def table_ablation(summary):
@@ -828,9 +837,10 @@ def chosen_for(summary, label):
 
 
 def counts(summary, pair, between):
-    """Percentages of win, tie, lose and bad."""
-    seeds = summary["against"][pair]
-    return between.join(plus_minus([100 * seed[kind] / sum(seed.values()) for seed in seeds], 0) for kind in seeds[0])
+    """Percentages of win, tie, lose and bad, and of win minus lose."""
+    shares = {kind: [100 * seed[kind] / sum(seed.values()) for seed in summary["against"][pair]]
+              for kind in ("win", "tie", "lose", "bad")}
+    return between.join(plus_minus(seeds, 0) for seeds in shares.values()), difference(shares["win"], shares["lose"], 0)
 
 
 def what_happened(row, default):
