@@ -29,6 +29,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -448,15 +449,20 @@ def finished(task):
         return None
 
 
+def start_worker():
+    """One thread, so that runs go side by side and their results do not depend on how many do; and a lock for tqdm
+    that dies with the process."""
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())
+
+
 def carry_out(task):
     """Train one run from its beginning and keep what its models did, after every turn and (test) at the end.
 
     Only answers on the validation split, for the human to choose by; on the test split log-probabilities as well.
-    One thread, so that runs can go side by side and the result does not depend on how many do.
     """
     import train
 
-    torch.set_num_threads(1)
     folder, config, test = Path(task.folder), config_of(task), task.split == "test"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -953,14 +959,15 @@ def reproduce(arguments):
         options = reproduce_arguments(arguments)
         seeds, ablation_seeds = (SEEDS[:1], SEEDS[:1]) if options.quick else (SEEDS, ABLATION_SEEDS)
         out = Path(options.out).as_posix()
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, start_worker) as pool:
             try:
                 tuning = tune(out, pool, options.jobs) if options.tune else json.loads(TUNING.read_text())
                 seen = run_rows(tuning["chosen"], seeds, ablation_seeds, out, pool, options.jobs)
             except BaseException:                                  # what is running now has nobody to tell
-                pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
+                pool.shutdown(cancel_futures=True)
                 raise
         summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
         for name, table in tables(summary).items():

@@ -1563,7 +1563,9 @@ def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
     """The pool that is really used: results do not depend on it."""
     tasks = [examination.Task(str(tmp_path / f"run{seed}"), {"method": "sft", "n_iter": 0, "sft_steps": 1, "seed": seed},
                               "validation", 0) for seed in (0, 1)]
-    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool, tqdm(disable=True, total=0) as bar:
+    spawn = multiprocessing.get_context("spawn")
+    with (concurrent.futures.ProcessPoolExecutor(2, spawn, examination.start_worker) as pool,
+          tqdm(disable=True, total=0) as bar):
         results = examination.carry_out_all(tasks, pool, bar)
         assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
         assert results == examination.carry_out_all(tasks, pool, bar)
