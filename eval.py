@@ -962,7 +962,7 @@ def reproduce(arguments):
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, start_worker) as pool:
             try:
-                tuning = tune(out, pool, options.jobs) if options.tune else json.loads(TUNING.read_text())
+                tuning = tune(out, pool, options.jobs) if options.tune else recorded_tuning()
                 seen = run_rows(tuning["chosen"], seeds, ablation_seeds, out, pool, options.jobs)
             except BaseException:                                  # what is running now has nobody to tell
                 for process in multiprocessing.active_children():
@@ -970,11 +970,13 @@ def reproduce(arguments):
                 pool.shutdown(cancel_futures=True)
                 raise
         summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
-        for name, table in tables(summary).items():
-            print(f"\n{name}\n\n{table}")
-        print()
-        for folder in (Path(out, "quick") if options.quick else Path(out), RESULTS.parent)[:1 + options.record]:
-            save_summary(summary, folder)
+        report = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(summary).items())
+        print(f"\n{report}\n")
+        folder = Path(out, "quick") if options.quick else Path(out)
+        save_summary(summary, folder)
+        (folder / "tables.md").write_text(report + "\n", encoding="utf-8")
+        if options.record:
+            save_summary(summary, RESULTS.parent)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on with the runs that are left")
     except concurrent.futures.BrokenExecutor:
@@ -984,7 +986,24 @@ def reproduce(arguments):
         raise SystemExit(2) from None
 
 
+def recorded_tuning():
+    """What tune found when it was recorded."""
+    if not TUNING.is_file():
+        raise ValueError(f"{TUNING}: no recorded choice of rates and steps; choose them by --tune")
+    try:
+        tuning = json.loads(TUNING.read_text())
+        for label in (label for label, variant in VARIANTS.items() if variant.tuned_as is None):
+            if not (tuning["chosen"][label]["lr"] in RATES and tuning["chosen"][label]["steps"] in STEPS):
+                raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{TUNING}: not what --tune --record writes; choose rates and steps again by --tune") from None
+    return tuning
+
+
 def save_summary(summary, folder):
+    """results.json, tuning.json and, where matplotlib is installed, the figures."""
+    from train import replace_file
+
     folder.mkdir(exist_ok=True)
     figures = []
     if importlib.util.find_spec("matplotlib") is None:
@@ -992,9 +1011,8 @@ def save_summary(summary, folder):
     else:
         figures = draw(summary, folder)
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in figures}
-    summary = {**summary, "figures": digests}
-    (folder / "tuning.json").write_text(json.dumps(summary["tuning"], indent=1) + "\n")
-    (folder / "results.json").write_text(json.dumps(summary) + "\n")
+    replace_file(folder / "tuning.json", (json.dumps(summary["tuning"], indent=1) + "\n").encode())
+    replace_file(folder / "results.json", (json.dumps({**summary, "figures": digests}) + "\n").encode())
     print(f"{folder}: results.json tuning.json {' '.join(figures)}")
 
 
@@ -1013,7 +1031,7 @@ def reproduce_arguments(arguments):
 
 Tables use seeds {SEEDS}, the ablation {ABLATION_SEEDS}. Learning rates and steps are the recorded ones, chosen on
 other seeds and prompts; --tune chooses them again first. A run that is done already is not done again, so a stopped
-command goes on. Prints the tables, and writes results.json and, with matplotlib, the figures to --out.""")
+command goes on. Prints the tables, and writes them, their numbers and, with matplotlib, the figures to --out.""")
     parser.error = refuse
     parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
@@ -1027,8 +1045,6 @@ command goes on. Prints the tables, and writes results.json and, with matplotlib
         raise ValueError("--record wants all seeds; leave out --quick")
     if options.record and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--record draws the figures: pip install matplotlib")
-    if not options.tune and not TUNING.is_file():
-        raise ValueError(f"{TUNING}: no recorded choice of rates and steps; choose them by --tune")
     return options
 
 

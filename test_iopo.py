@@ -1512,7 +1512,7 @@ def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys):
     results, tuning = json.loads(recorded), json.loads((out / "tuning.json").read_text())
     assert not (tmp_path / "assets").exists()                      # nobody said --record
     for table in examination.tables(results).values():
-        assert table in printed
+        assert table in printed and table in (out / "tables.md").read_text(encoding="utf-8")
 
     # the test split is looked at by no run that the choice is made from, and by all others after it
     splits = [task.split for task in Inline.tasks]
@@ -1569,6 +1569,15 @@ def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
         results = examination.carry_out_all(tasks, pool, bar)
         assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
         assert results == examination.carry_out_all(tasks, pool, bar)
+
+
+@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"chosen": {"IOPO": {"lr": 0.0001, "steps": 150}}}',
+                                    b'{"chosen": {"IOPO": {"lr": "x", "steps": 150}}}'])
+def test_a_damaged_tuning_file_starts_nothing(damage, small_plan, tmp_path, capsys):
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/tuning.json").write_bytes(damage)
+    assert "--tune" in refused(examination.main, ["reproduce", "--out", "out"], capsys)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags,word", [("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])
