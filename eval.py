@@ -723,16 +723,23 @@ def tables(summary):
 
 def table_adversary(summary):
     """Is the gain the adversary's or the ratio's?"""
-    rows, grid = summary["rows"], (("IOPO", "ratio, no adversary"), ("adversary, no ratio", "DPO"))
+    def cell(label):
+        return "; ".join(plus_minus(summary["rows"][label][name], digits) for name, digits in SHOWN)
 
     def gain(ours, theirs):
-        return "; ".join(difference(rows[ours][name], rows[theirs][name], digits) for name, digits in SHOWN)
+        return "; ".join(difference(summary["rows"][ours][name], summary["rows"][theirs][name], digits)
+                         for name, digits in SHOWN)
 
-    lines = [(name, *("; ".join(plus_minus(rows[label][name], digits) for name, digits in SHOWN) for label in labels),
-              gain(*labels)) for name, labels in zip(("clipped ratio (Eq. 12)", "r = 1 (`--ratio one`)"), grid)]
-    lines.append(("the ratio's gain", *(gain(*labels) for labels in zip(*grid)), ""))
-    return markdown(("true reward at T=0.8; accuracy", "trained adversary", "frozen SFT model (`--n-nu 0`)",
-                     "the adversary's gain"), lines)
+    ratio, game, neither = "ratio, no adversary", "adversary, no ratio", "DPO"
+    return markdown(
+        ("true reward, T=0.8; accuracy", "trained adversary", "frozen reference (`--n-nu 0`)", "the adversary's gain"),
+        [("from SFT, clipped ratio", f"IOPO: {cell('IOPO')}", cell(ratio), gain("IOPO", ratio)),
+         ("from SFT, r = 1", cell(game), f"DPO: {cell(neither)}", gain(game, neither)),
+         ("from SFT, the ratio's gain", gain("IOPO", game), gain(ratio, neither), ""),
+         ("from DPO, clipped ratio", f"IOPO: {cell('IOPO online')}", cell(f"{ratio}, online"),
+          gain("IOPO online", f"{ratio}, online")),
+         ("from DPO, r = 1", "not run", f"DPO: {cell('DPO online')}", ""),
+         ("from DPO, the ratio's gain", "", gain(f"{ratio}, online", "DPO online"), "")])
 
 
 def table1(summary):
@@ -750,8 +757,8 @@ def table1(summary):
 
 
 def table2(summary):
-    """The paper's Table 2: greedy answers, and margin and accuracy on held-out pairs. The rows called online and
-    Iter-DPO go on from the DPO model, the others start from SFT."""
+    """The paper's Table 2: greedy answers, and margin and accuracy on held-out pairs; and sampled answers, which tell
+    more. The rows called online and Iter-DPO go on from the DPO model, the others start from SFT."""
     lines = []
     for label in TABLE2:
         row = summary["rows"][label]
@@ -759,10 +766,10 @@ def table2(summary):
                                                     plus_minus(row["accuracy"], 3))
         compared = counts(summary, f"IOPO online against {label}, greedy", ":")[0] if label != "IOPO online" else ""
         lines.append((label, chosen_for(summary, label), *margin, compared, plus_minus(row["reward_greedy"]),
-                      PAPER2.get(label, "")))
+                      plus_minus(row["reward"]), PAPER2.get(label, "")))
     return markdown(("row", "lr x steps", "margin vs SFT (spread)", "accuracy",
-                     "IOPO online wins:ties:loses:both bad, %", "true reward, T=0",
-                     "paper's margin, accuracy, counts of 250, mean"), lines)
+                     "IOPO online wins:ties:loses:both bad, %, T=0", "true reward, T=0", "true reward, T=0.8",
+                     "paper's margin, accuracy, counts of 250, mean, T=0"), lines)
 
 
 def table2_differences(summary):
@@ -773,9 +780,10 @@ def table2_differences(summary):
         margin = ("-", "-") if label == "SFT" else (difference(ours["margin"], row["margin"]),
                                                     difference(ours["accuracy"], row["accuracy"], 3))
         lines.append((label, *margin, counts(summary, f"IOPO online against {label}, greedy", ":")[1],
-                      difference(ours["reward_greedy"], row["reward_greedy"])))
-    return markdown(("IOPO online minus", "margin vs SFT", "accuracy", "wins minus loses, %", "true reward, T=0"),
-                    lines)
+                      difference(ours["reward_greedy"], row["reward_greedy"]),
+                      difference(ours["reward"], row["reward"])))
+    return markdown(("IOPO online minus", "margin vs SFT", "accuracy", "wins minus loses, %, T=0", "true reward, T=0",
+                     "true reward, T=0.8"), lines)
 
 
 def table_ablation(summary):
@@ -819,7 +827,7 @@ def table_theorems(summary):
                       f"{increments[1] / increments[0]:.2f}", f"{increments[-1]:.0e}", str(near),
                       f"{nu[0]:.4f} ... {nu[-1]:.4f}", f"{mu13[0]:.2f} ... {mu13[-1]:.2f}"))
     return markdown(("game", "turns", "Q_mu (Eq. 6), turns 1, 2, 3 ... last", "D_3 / D_2", "last D",
-                     "turns until within 1% of the last", "Q_nu (Eq. 6)", "Q_mu (Eq. 13)"), lines)
+                     "turns until Q_mu - 1/2 is within 1% of the last", "Q_nu (Eq. 6)", "Q_mu (Eq. 13)"), lines)
 
 
 def table_choices(summary):
