@@ -71,6 +71,8 @@ class Run:
             raise ValueError(f"{folder}: the run is not finished; go on with it by train.py --out {folder} --resume")
         if start is None:
             start = folder / "sft" if (folder / "sft").is_dir() else model
+        if not Path(start).is_dir():
+            raise ValueError(f"{folder}: the model it started from, {start}, is not there; give it by --sft FOLDER")
         adversary = folder / "adversary" if adversaries else None
         return cls(str(folder), config, Path(start), folder / "protagonist", adversary)
 
@@ -435,17 +437,21 @@ def identity(task):
     config = vars(config_of(task))
     files = [Path(__file__).with_name(f"{room}.py") for room in ("iopo", "model", "data", "train")]
     files += [Path(config["model"], "model.safetensors")] if config["model"] else []
-    return {"task": dataclasses.asdict(task), "config": config,
-            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+    return {"task": dataclasses.asdict(task), "config": config, "files": [digest(file) for file in files],
             "looks": [EXAM_PAIRS, TEST_SAMPLES, VALIDATION_SAMPLES, *STEPS]}
 
 
+def digest(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def finished(task):
-    """What carry_out saw, if this very run was carried out before, else None."""
+    """What carry_out saw, if this very run was carried out before and its model is there still, else None."""
     try:
         result = json.loads(Path(task.folder, "result.json").read_text())
-        return result if result["identity"] == identity(task) else None
-    except (OSError, ValueError, KeyError):
+        whole = result["failure"] or result["model"] == digest(Path(task.folder, "protagonist", "model.safetensors"))
+        return result if whole and result["identity"] == identity(task) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -464,7 +470,10 @@ def carry_out(task):
     import train
 
     folder, config, test = Path(task.folder), config_of(task), task.split == "test"
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        if not (folder / "log.txt").is_file():
+            raise ValueError(f"{folder} is no run of the reproduction and would be overwritten; take another --out")
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         job = train.prepare(config)
@@ -472,7 +481,7 @@ def carry_out(task):
         pairs = SafeWorld().exam_pairs("test", EXAM_PAIRS) if test else []
         rows = encode_pairs(pairs, job.tokenizer, config.max_length)[0]
         ids = [job.tokenizer.encode_prompt(prompt) for prompt in shuffled_prompts(task.split)]
-        result = {"identity": identity(task), "turns": [], "final": None, "failure": None}
+        result = {"identity": identity(task), "model": None, "turns": [], "final": None, "failure": None}
 
         def look(model, samples, greedy):
             with tqdm(disable=True) as bar:
@@ -489,6 +498,7 @@ def carry_out(task):
 
         try:
             train.train(job, watch)
+            result["model"] = digest(folder / "protagonist" / "model.safetensors")
         except (train.Refused, FloatingPointError) as error:       # some candidates of the tuning are beyond saving
             result["failure"] = str(error)
     text = json.dumps(result)
@@ -1018,7 +1028,7 @@ def save_summary(summary, folder):
         print("no figures: they need matplotlib (pip install matplotlib)")
     else:
         figures = draw(summary, folder)
-    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in figures}
+    digests = {name: digest(folder / name) for name in figures}
     replace_file(folder / "tuning.json", (json.dumps(summary["tuning"], indent=1) + "\n").encode())
     replace_file(folder / "results.json", (json.dumps({**summary, "figures": digests}) + "\n").encode())
     print(f"{folder}: results.json tuning.json {' '.join(figures)}")
@@ -1049,6 +1059,8 @@ command goes on. Prints the tables, and writes them, their numbers and, with mat
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
+    if Path(options.out).exists() and not Path(options.out).is_dir():
+        raise ValueError(f"--out {options.out} is a file, not a folder")
     if options.quick and options.record:
         raise ValueError("--record wants all seeds; leave out --quick")
     if options.record and importlib.util.find_spec("matplotlib") is None:

@@ -1221,7 +1221,7 @@ def refused(main, arguments, capsys):
     ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--rounds 2", "--rounds"), ("--method dpo --rounds 2", "--rounds"),
     ("--method aipo --keep 0.5", "--keep"), ("--method aipo --candidates 4", "--candidates"), ("--method iter_dpo --keep 0", "--keep"),
     ("--method iter_dpo --keep 1.1", "--keep"), ("--method iter_dpo --candidates 1", "--candidates"), ("--method iter_dpo --n-iter 3", "--n-iter"),
-    ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+    ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --max-length 14", "--max-length"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
 def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in refused(train.main, flags.split(), capsys)
@@ -1482,7 +1482,8 @@ def small_plan(monkeypatch, tmp_path):
     shorter = {label: replace(variant, options={**variant.options, **quick, **({"n_nu": 2} if "IOPO" in label or "adversary, no" in label else {})})
                for label, variant in examination.VARIANTS.items()}
     shorter["Iter-DPO"].options["candidates"] = 2
-    offline, online = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"], ["Iter-DPO", "IOPO online"]
+    offline = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"]
+    online = ["Iter-DPO", "IOPO online", "DPO online", "ratio, no adversary, online"]
     rows = [*offline, *online, examination.SHORT_TURNS]
     shorter = {label: shorter[label] for label in rows}
     shorter[examination.SHORT_TURNS] = replace(shorter[examination.SHORT_TURNS],
@@ -1543,8 +1544,10 @@ def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys):
     assert Inline.tasks == [] and (out / "results.json").read_bytes() == recorded
     shutil.rmtree(out / "dpo-seed1")
     edit_json(out / "iopo-seed0/result.json", identity={})
+    (out / "iter-dpo-seed1/result.json").write_text("[]")
+    (out / "sft-seed1/protagonist/model.safetensors").unlink()
     examination.main(command)
-    assert [task.folder for task in Inline.tasks] == ["out/iopo-seed0", "out/dpo-seed1"]
+    assert {task.folder for task in Inline.tasks} == {"out/iopo-seed0", "out/dpo-seed1", "out/iter-dpo-seed1", "out/sft-seed1"}
     assert (out / "results.json").read_bytes() == recorded
 
     capsys.readouterr()
@@ -1578,6 +1581,14 @@ def test_a_damaged_tuning_file_starts_nothing(damage, small_plan, tmp_path, caps
     (tmp_path / "assets/tuning.json").write_bytes(damage)
     assert "--tune" in refused(examination.main, ["reproduce", "--out", "out"], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
+    (tmp_path / "out/tuning/sft-seed100").mkdir(parents=True)
+    (tmp_path / "out/tuning/sft-seed100/notes.txt").write_text("mine")
+    assert "sft-seed100" in refused(examination.main, ["reproduce", "--tune", "--out", "out"], capsys)
+    assert (tmp_path / "out/tuning/sft-seed100/notes.txt").read_text() == "mine"
+    assert "file" in refused(examination.main, ["reproduce", "--tune", "--out", "out/tuning/sft-seed100/notes.txt"], capsys)
 
 
 @pytest.mark.parametrize("flags,word", [("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])

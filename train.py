@@ -249,6 +249,10 @@ def prepare(config):
         config.max_length = min(context, 1024)
     if config.max_length > context:
         raise Refused(f"--max-length {config.max_length} is more than the model's {context} positions")
+    if config.rounds:
+        longest = max(len(tokenizer.encode_prompt(prompt)) for prompt in SafeWorld().prompts("train"))
+        if longest >= config.max_length:
+            raise Refused(f"--max-length {config.max_length} leaves no room to answer prompts of {longest} tokens")
     rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
     if not rows:
         raise Refused(f"{config.data}: no usable pair is left to train on: {report.splitlines()[0]}, besides "
@@ -343,8 +347,6 @@ def sample_pairs(policy, tokenizer, config, number):
     prompts = world.prompts("train") * ROUND_VISITS
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts for _ in range(config.candidates)]
     room = config.max_length - max(map(len, ids))
-    if room < 1:
-        raise Refused(f"--max-length {config.max_length} leaves no room to answer the longest prompt of the safe world")
     seed = int(np.random.default_rng([config.seed, number]).integers(2**62))
     generator, answers = torch.Generator(policy.device).manual_seed(seed), []
     for first in range(0, len(ids), ROUND_ROWS):
