@@ -1123,6 +1123,8 @@ def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
     train.main([*flags, "--model", str(tmp_path / "whole/sft"), "--out", str(tmp_path / "on")])
     assert same(read_run(tmp_path / "on")[1], read_run(tmp_path / "whole")[1])
     assert "the safe world, held-out prompts" in capsys.readouterr().out
+    (tmp_path / "whole/sft").rename(tmp_path / "gone")
+    assert "--sft" in refused(examination.main, [str(tmp_path / "on")], capsys)
     stranger = model_folder(tmp_path / "stranger")
     edit_json(stranger / "tokenizer.json", post_processor=None)       # another one: no BOS
     assert "--data" in refused(train.main, ["--model", str(stranger)], capsys)
