@@ -470,10 +470,9 @@ def carry_out(task):
     import train
 
     folder, config, test = Path(task.folder), config_of(task), task.split == "test"
-    if folder.exists():
-        if not (folder / "log.txt").is_file():
-            raise ValueError(f"{folder} is no run of the reproduction and would be overwritten; take another --out")
-        shutil.rmtree(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "log.txt").is_file():
+        raise ValueError(f"{folder} is no run of the reproduction and would be overwritten; take another --out")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         job = train.prepare(config)
