@@ -298,10 +298,12 @@ def converse(runs, options):
             print(f"{run.name}: {note}", file=sys.stderr)
 
 
-def parse_arguments(arguments):
-    def refuse(message):
-        raise ValueError(message)
+def refuse(message):
+    """argparse's error, as the one kind of exception that main turns into a sentence."""
+    raise ValueError(message)
 
+
+def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
@@ -522,8 +524,13 @@ def carry_out_all(tasks, pool, bar):
 # ----------------------------------------------------------------------------------------------------------
 # The reproduction: the choice of rates and steps
 
+def tuned_rows():
+    """The rows that have a choice of their own."""
+    return [label for label, variant in VARIANTS.items() if variant.tuned_as is None]
+
+
 def tune(out, pool, jobs):
-    """Learning rate and steps for every row that has its own: those whose sampled answers to the validation prompts
+    """Learning rate and steps for every one of the tuned_rows: those whose sampled answers to the validation prompts
     the noisy human most often prefers to the SFT model's. The same candidates and seeds for every row."""
     def task(label, seed, choice=None, suffix=""):
         return task_of(label, seed, choice, "validation", f"{out}/tuning", suffix)
@@ -546,7 +553,7 @@ def tune(out, pool, jobs):
                                       for steps, share in by_steps.items()), key=lambda candidate: candidate[0])
             chosen[label] = {"lr": float(rate), "steps": steps, "share": share}
 
-    own = [label for label, variant in VARIANTS.items() if variant.tuned_as is None]
+    own = tuned_rows()
     from_sft = [label for label in own if VARIANTS[label].start == "SFT"]
     from_dpo = [label for label in own if VARIANTS[label].start == "DPO"]
     shares = {label: {f"{rate:g}": dict.fromkeys(STEPS, 0.0) for rate in RATES} for label in own}
@@ -1009,8 +1016,8 @@ def recorded_tuning():
         raise ValueError(f"{TUNING}: no recorded choice of rates and steps; choose them by --tune")
     try:
         tuning = json.loads(TUNING.read_text())
-        for label in (label for label, variant in VARIANTS.items() if variant.tuned_as is None):
-            if not (tuning["chosen"][label]["lr"] in RATES and tuning["chosen"][label]["steps"] in STEPS):
+        for choice in [tuning["chosen"][label] for label in tuned_rows()]:
+            if not (choice["lr"] in RATES and choice["steps"] in STEPS):
                 raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{TUNING}: not what --tune --record writes; choose rates and steps again by --tune") from None
@@ -1039,9 +1046,6 @@ def rounded(summary):
 
 
 def reproduce_arguments(arguments):
-    def refuse(message):
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(
         prog="eval.py reproduce", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"""Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
