@@ -1,9 +1,9 @@
-"""A compact Llama-layout decoder: Hugging Face folders in and out, response log-probabilities, generation.
+"""A compact decoder of the Llama family: Hugging Face folders in and out, response log-probabilities, generation.
 
-Parameter names are Hugging Face's own, so a checkpoint loads without a table of names. Knows token ids and
-folders only: no tokenizer, no training.
+Llama, Mistral, Qwen2, Qwen3 and Baichuan2-7B are one architecture with the few differences that FAMILIES lists.
+Parameter names are Hugging Face's own. Knows token ids and folders only: no tokenizer, no training.
 
-    model = Decoder.from_pretrained("folder")            # config.json + model.safetensors (or its shards)
+    model = Decoder.from_pretrained("folder")            # config.json and weights
     logits = model(input_ids)                            # (B, T, V)
     chosen_logps, rejected_logps = response_logps(model, batch)
     answers = generate(model, [[1, 5, 7], [1, 9]], max_new_tokens=20, temperature=0, eos_id=2)
@@ -11,8 +11,11 @@ folders only: no tokenizer, no training.
 Shapes: B rows, T tokens, D hidden size, H heads, K key/value heads, d head size, V vocabulary, S keys seen.
 """
 
+import contextlib
 import json
-from dataclasses import dataclass
+import math
+import pickle
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
@@ -26,8 +29,45 @@ from safetensors.torch import save_file
 # The shape of a model: config.json
 
 @dataclass(frozen=True)
+class Family:
+    """What sets the models of one model_type apart from Llama's."""
+    architecture: str                   # the class that transformers loads them as
+    qkv_bias: bool = False              # queries, keys and values have a bias
+    qk_norm: bool = False               # each head's queries and keys pass an RMSNorm before they are rotated
+    norm_head: bool = False             # the rows of lm_head count as vectors of length 1, in training too
+    stored: dict = field(default_factory=dict)         # parameter here -> its name in a checkpoint, where they differ
+
+
+FAMILIES = {"llama": Family("LlamaForCausalLM"),
+            "mistral": Family("MistralForCausalLM"),
+            "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True),
+            "qwen3": Family("Qwen3ForCausalLM", qk_norm=True),
+            "baichuan": Family("BaichuanForCausalLM", norm_head=True,              # Baichuan2-7B
+                               stored={"q_proj": "W_pack", "k_proj": "W_pack", "v_proj": "W_pack"})}
+
+
+def linear_scaling(frequencies, factor):
+    """Positions `factor` times as close together."""
+    return frequencies / factor
+
+
+def llama3_scaling(frequencies, factor, low_freq_factor, high_freq_factor, original_max_position_embeddings):
+    """Waves longer than original / low are slowed by `factor`, those shorter than original / high are left alone,
+    and what lies between is blended."""
+    waves = original_max_position_embeddings * frequencies / (2 * math.pi)          # of each in the original context
+    blend = ((waves - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * frequencies / factor + blend * frequencies
+
+
+# rope_type: (the function, what it needs of config.json)
+ROPE_SCALINGS = {"linear": (linear_scaling, ("factor",)),
+                 "llama3": (llama3_scaling, ("factor", "low_freq_factor", "high_freq_factor",
+                                             "original_max_position_embeddings"))}
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
-    """The fields of a Llama config.json that this decoder computes with, under Hugging Face's names."""
+    """The fields of a config.json that this decoder computes with, under Hugging Face's names."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -38,61 +78,99 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # rope_type and what ROPE_SCALINGS says it needs; None: not scaled
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    source: dict | None = field(default=None, compare=False, repr=False)      # the config.json it was read from
+
+    @property
+    def family(self):
+        return FAMILIES[self.model_type]
 
     @classmethod
     def from_json(cls, path):
         """Read a config.json; ValueError where it describes something this decoder would compute wrongly."""
-        raw = {name: value for name, value in read_json(path).items() if value is not None}
-        rope = {}
-        for name in ("rope_scaling", "rope_parameters"):                        # as transformers 4 and 5 spell it
-            value = raw.get(name) or {}
-            if not isinstance(value, dict) or value.get("rope_type", value.get("type", "default")) != "default":
-                raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
-            rope |= value
-        plain = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}             # Llama's own defaults
-        for name, right in {"model_type": "llama", **plain}.items():
-            value = raw.get(name, plain.get(name))
-            if value != right:
-                raise ValueError(f"{path}: {name} is {value!r}, which this decoder does not compute")
+        source = read_json(path)
+        raw = {name: value for name, value in source.items() if value is not None}
         known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
         try:
+            refuse_unsupported(source)
             heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
             known.setdefault("num_key_value_heads", heads)
             known.setdefault("head_dim", raw["hidden_size"] // heads)
-            known |= {"rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-                      "eos_token_id": tuple(eos) if isinstance(eos, list) else eos}
-            config = cls(**known)
+            known["rope_theta"], known["rope_scaling"] = read_rope(raw)
+            config = cls(**known | {"source": source, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
             config.check()
             return config
         except KeyError as error:
-            raise ValueError(f"{path}: not the config of a Llama model (it has no {error.args[0]})") from None
+            raise ValueError(f"{path}: has no {error.args[0]}, which the config of such a model needs") from None
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: not the config of a Llama model ({error})") from None
+            raise ValueError(f"{path}: {error}") from None
 
     def check(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 2**31:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number")
-        for name in ("rms_norm_eps", "rope_theta"):
-            if type(getattr(self, name)) not in (int, float) or not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive number")
+        scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
+        for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta, **scaling}.items():
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}, not a positive number")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false")
         if self.head_dim % 2 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("the head size must be even, the heads a multiple of the key/value heads")
+        if "high_freq_factor" in scaling and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
 
     def to_json(self, path, dtype):
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        rope = {"rope_type": "default", "rope_theta": self.rope_theta}          # transformers 5; 4 reads rope_theta
-        fields |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-                   "attention_bias": False, "mlp_bias": False, "rope_parameters": rope,
-                   "torch_dtype": str(dtype).removeprefix("torch.")}
+        """Write config.json: what was read, if anything was, with the dtype that is saved now."""
+        dtype_name = "dtype" if "dtype" in (self.source or {}) else "torch_dtype"       # transformers 5 and 4
+        fields = self.source
+        if fields is None:
+            fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "source"}
+            rope = {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
+            fields |= {"architectures": [self.family.architecture], "hidden_act": "silu", "rope_parameters": rope}
+            if self.model_type in ("mistral", "qwen2", "qwen3"):
+                fields |= {"sliding_window": None, "use_sliding_window": False}
+        fields = {**fields, dtype_name: str(dtype).removeprefix("torch.")}
         Path(path).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_unsupported(raw):
+    """ValueError for what a config.json asks for and this decoder would silently compute otherwise."""
+    kind, positions = raw.get("model_type"), raw.get("max_position_embeddings")
+    if kind not in FAMILIES:
+        raise ValueError(f"model_type {kind!r} is not computed here, only {', '.join(FAMILIES)}")
+    for name, right in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
+                        "quantization_config": None}.items():
+        if raw.get(name) is not None and raw[name] != right:
+            raise ValueError(f"{name} {raw[name]!r} is not computed here, only {right!r}")
+    if kind == "baichuan" and (positions is None or raw.get("architectures") == ["BaiChuanForCausalLM"]):
+        raise ValueError("of the Baichuan models only Baichuan2-7B is computed here, neither the first generation (it "
+                         "spells its class BaiChuanForCausalLM) nor 13B (it has no max_position_embeddings)")
+    if kind == "mistral" or kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
+        window = raw.get("sliding_window", 4096)                                # what transformers takes for absent
+        if window is not None and (positions is None or window < positions):
+            raise ValueError(f"sliding_window {window} is not computed here; it changes nothing up to {window} tokens, for "
+                             f"which sliding_window null and max_position_embeddings {window} will do")
+
+
+def read_rope(raw):
+    """(rope_theta, rope_scaling) from either spelling: rope_theta and rope_scaling, or both in rope_parameters."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}          # the precedence of transformers
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling or rope_parameters is {rope!r}, not a JSON object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", *ROPE_SCALINGS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"rotary positions {rope!r} are not computed here, only default, {', '.join(ROPE_SCALINGS)}")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    if kind == "default":
+        return theta, None
+    return theta, {"rope_type": kind, **{name: rope[name] for name in ROPE_SCALINGS[kind][1]}}
 
 
 def read_json(path):
@@ -100,7 +178,7 @@ def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a model folder holds config.json and model.safetensors") from None
+        raise ValueError(f"{path}: no such file; a model folder holds config.json and weights") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
@@ -111,10 +189,14 @@ def read_json(path):
 # ----------------------------------------------------------------------------------------------------------
 # The decoder
 
-def rotary(positions, head_dim, theta):
+def rotary(positions, config):
     """cos and sin of the rotary angles, each (B, 1, T, d), float32; both halves of d turn by the same angles."""
-    inverse_frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)    # (d/2)
-    angles = positions[:, None, :, None].float() * inverse_frequency                                # (B, 1, T, d/2)
+    powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim        # (d/2)
+    frequencies = 1 / config.rope_theta ** powers                                                   # (d/2)
+    if config.rope_scaling is not None:
+        scale, needed = ROPE_SCALINGS[config.rope_scaling["rope_type"]]
+        frequencies = scale(frequencies, *(config.rope_scaling[name] for name in needed))
+    angles = positions[:, None, :, None].float() * frequencies                                      # (B, 1, T, d/2)
     angles = torch.cat([angles, angles], dim=-1)                                                    # (B, 1, T, d)
     return angles.cos(), angles.sin()
 
@@ -154,15 +236,17 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.family.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.family.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.family.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.family.qk_norm
+                                    else nn.Identity() for _ in range(2))
 
     def forward(self, x, cos, sin, mask, layer, cache):
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)                            # (B, H, T, d)
-        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)                            # (B, K, T, d)
+        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)               # (B, H, T, d)
+        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)               # (B, K, T, d)
         v = self.v_proj(x).view(heads).transpose(1, 2)                                              # (B, K, T, d)
         if cache is not None:
             k, v = cache.append(layer, k, v)                                                        # (B, K, S, d)
@@ -196,6 +280,12 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:                                 # there it would load torch's compiler, 70 MB
+            super().reset_parameters()
+
+
 class Decoder(nn.Module):
     """Token ids to logits. No dropout: AGENT and ENV with the same weights must give the same numbers."""
 
@@ -203,14 +293,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:                                   # from_pretrained brings the values
+                continue
             if parameter.dim() == 2:                                # the norms keep their ones
                 nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, input_ids, positions=None, attention_mask=None):
         """Logits (B, T, V) for input_ids (B, T). `positions` (B, T) default to 0, 1, 2, ...; `attention_mask` is
@@ -222,7 +316,7 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids, positions, mask=None, cache=None):
         """Final hidden states (B, T, D). `mask` is (B, 1, T, S) as `causal` makes it, None for plainly causal."""
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                                      # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             x = block(x, cos, sin, mask, layer, cache)
@@ -230,69 +324,145 @@ class Decoder(nn.Module):
 
     def head(self, hidden):
         """Vocabulary projection (..., D) -> (..., V), apart from `hidden` because it is needed at few positions."""
-        return F.linear(hidden, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight    # (V, D)
+        if self.config.family.norm_head:
+            weight = F.normalize(weight, dim=-1)                    # the gradient passes through
+        return F.linear(hidden, weight)
 
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
 
+    def checkpoint_names(self):
+        """Name of each tensor in a checkpoint -> the parameters here that it holds, stacked along its rows."""
+        table = {}
+        for name in self.state_dict():
+            there = ".".join(self.config.family.stored.get(part, part) for part in name.split("."))
+            table.setdefault(there, []).append(name)
+        return table
+
     @classmethod
     def from_pretrained(cls, folder):
-        """Read a Hugging Face folder; weights become float32. ValueError with one sentence where it cannot."""
+        """Read a Hugging Face folder; weights become float32. ValueError with one sentence where it cannot.
+
+        Besides the model itself no more than one tensor is in memory, the largest first, while there is room.
+        """
         folder = Path(folder)
         config = DecoderConfig.from_json(folder / "config.json")
         with torch.device("meta"):                                  # no memory until the checkpoint's tensors are in
             model = cls(config)
-        expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-        tensors = {}
-        for path in weight_files(folder):
-            try:
-                with safetensors.safe_open(path, framework="pt") as shard:
-                    for name in shard.keys():
-                        if name in tensors:
-                            raise ValueError(f"{path}: tensor {name} is in another shard too")
-                        tensors[name] = shard.get_tensor(name)
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ValueError(f"{path}: cannot be read as safetensors ({error}); is the file whole?") from None
-        head = tensors.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-        for name in sorted(expected.keys() ^ tensors.keys()):
-            problem = "missing" if name in expected else "not part of this model"
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        table, files = model.checkpoint_names(), tensor_files(folder)
+        head = files.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+        for name in sorted(table.keys() ^ files.keys()):
+            problem = "missing" if name in table else "not part of this model"
             raise ValueError(f"{folder}: tensor {name} is {problem}")
-        if head is not None and not torch.equal(head, tensors["model.embed_tokens.weight"]):     # some store it twice
-            raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
-        for name, tensor in tensors.items():
-            if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                raise ValueError(f"{folder}: tensor {name} is {tensor.dtype}; quantised weights are not read")
-            if tensor.shape != expected[name]:
-                raise ValueError(f"{folder}: tensor {name} has shape {tuple(tensor.shape)}, but config.json says "
-                                 f"{tuple(expected[name])}")
-            if not tensor.isfinite().all():
-                raise ValueError(f"{folder}: tensor {name} holds values that are not finite")
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+        weights = {}
+        for name in sorted(table, key=lambda name: -sum(shapes[part].numel() for part in table[name])):
+            rows = [shapes[part][0] for part in table[name]]
+            expected = (sum(rows), *shapes[table[name][0]][1:])
+            parts = read_tensor(files[name], name, expected).split(rows)
+            weights |= {part: tensor.to(torch.float32, copy=True) for part, tensor in zip(table[name], parts)}
+            del parts                                               # it lies in the mapped file
+        if head is not None:                                        # some store it twice
+            embeddings = weights["model.embed_tokens.weight"]
+            if not torch.equal(read_tensor(head, "lm_head.weight", embeddings.shape).float(), embeddings):
+                raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
+        model.load_state_dict(weights, assign=True)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which transformers reads as LlamaForCausalLM."""
+        """Write config.json and model.safetensors, or its shards and their index, under the names that transformers
+        knows."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors.partial", metadata={"format": "pt"})
-        (folder / "model.safetensors.partial").replace(folder / "model.safetensors")
+        weights, table = self.state_dict(), self.checkpoint_names()
+        shards, room = [], 0
+        for name, parts in table.items():
+            size = sum(weights[part].nbytes for part in parts)
+            if not shards or size > room:
+                shards, room = shards + [[]], SHARD_BYTES
+            shards[-1].append(name)
+            room -= size
+        index, single = {}, len(shards) == 1
+        for number, names in enumerate(shards, start=1):
+            path = folder / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            tensors = {name: torch.cat([weights[part] for part in table[name]]).cpu() for name in names}
+            save_file(tensors, f"{path}.partial", metadata={"format": "pt"})
+            Path(f"{path}.partial").replace(path)
+            index |= dict.fromkeys(names, path.name)
+        if not single:
+            total = sum(tensor.nbytes for tensor in weights.values())
+            content = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+            (folder / f"{SINGLE}.index.json").write_text(content + "\n", encoding="utf-8")
+        (folder / (f"{SINGLE}.index.json" if single else SINGLE)).unlink(missing_ok=True)     # of an earlier save
         self.config.to_json(folder / "config.json", next(self.parameters()).dtype)
 
 
-def weight_files(folder):
-    """The safetensors files of a folder: model.safetensors, or the shards its index names."""
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        raise ValueError(f"{folder}: has neither model.safetensors nor model.safetensors.index.json")
-    names = read_json(index).get("weight_map")
-    names = names.values() if isinstance(names, dict) else [None]
-    if not all(isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in names):
-        raise ValueError(f"{index}: weight_map must map tensors to .safetensors files of this folder")
-    return [folder / name for name in sorted(set(names))]
+# ----------------------------------------------------------------------------------------------------------
+# Checkpoint files
+
+SINGLE, SINGLE_BIN = "model.safetensors", "pytorch_model.bin"
+SHARD_BYTES = 5 * 10**9
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor_files(folder):
+    """{tensor: the file it lies in} of a folder: one file or the shards that an index names, safetensors first."""
+    for single in (SINGLE, SINGLE_BIN):
+        if (folder / single).is_file():
+            paths = [folder / single]
+            break
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            names = read_json(index).get("weight_map")
+            names = names.values() if isinstance(names, dict) else [None]
+            suffix = Path(single).suffix
+            if not all(isinstance(name, str) and Path(name).name == name and name.endswith(suffix) for name in names):
+                raise ValueError(f"{index}: weight_map must map tensors to {suffix} files of this folder")
+            paths = [folder / name for name in sorted(set(names))]
+            break
+    else:
+        raise ValueError(f"{folder}: has neither {SINGLE} nor {SINGLE_BIN}, nor an index of one")
+    files = {}
+    for path in paths:
+        with open_checkpoint(path) as tensors:
+            for name in tensors.keys():
+                if name in files:
+                    raise ValueError(f"{path}: tensor {name} is in another shard too")
+                if not name.endswith(".rotary_emb.inv_freq"):       # follows from config.json; old checkpoints store it
+                    files[name] = path
+    return files
+
+
+@contextlib.contextmanager
+def open_checkpoint(path):
+    """The tensors of one file, mapped and not read; what cannot be read becomes a ValueError."""
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as tensors:
+                yield tensors
+        else:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+                raise pickle.UnpicklingError("it holds no table of tensors")
+            yield tensors
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason}); is the file whole?") from None
+
+
+def read_tensor(path, name, shape):
+    """One tensor, checked. The file is opened for it alone: while it is open, all that was ever read of it stays."""
+    with open_checkpoint(path) as tensors:
+        tensor = tensors.get_tensor(name) if path.suffix == ".safetensors" else tensors[name]
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; quantised weights are not read")
+    if tensor.shape != shape:
+        raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, but config.json says {tuple(shape)}")
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(f"{path}: tensor {name} holds values that are not finite")
+    return tensor
 
 
 def causal(attention_mask, T):

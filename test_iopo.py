@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -249,49 +250,99 @@ def tiny_model(seed=0, **changes):
     return model
 
 
-def plain_logits(model, ids):
-    """Llama's forward pass for one sequence, in float64, token by token and head by head, with complex rotation."""
-    c = model.config
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
+def plain_logits(folder, ids):
+    """A checkpoint folder's forward pass for one sequence, in float64, token by token and head by head, with complex
+    rotation, from config.json (either spelling) and the tensors as they are stored."""
+    c = json.loads((folder / "config.json").read_text())
+    weights = {name: tensor.double() for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items()}
+    heads, eps = c["num_attention_heads"], c["rms_norm_eps"]
+    kv_heads = c.get("num_key_value_heads", heads)
+    d = c.get("head_dim") or c["hidden_size"] // heads
+    rope = c.get("rope_scaling") or c.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or c["rope_theta"]
+
+    def frequency(k):
+        f = theta ** (-2 * k / d)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "linear":
+            return f / rope["factor"]
+        if kind == "llama3":
+            wavelength, original = 2 * math.pi / f, rope["original_max_position_embeddings"]
+            if wavelength > original / rope["low_freq_factor"]:
+                return f / rope["factor"]
+            if wavelength > original / rope["high_freq_factor"]:
+                smooth = (original / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                return (1 - smooth) * f / rope["factor"] + smooth * f
+        return f
 
     def norm(x, name):
-        return x / torch.sqrt((x * x).mean() + c.rms_norm_eps) * weights[name]
+        return x / torch.sqrt((x * x).mean() + eps) * weights[name]
 
     def turn(vector, position):
-        half = c.head_dim // 2
-        z = torch.complex(vector[:half], vector[half:])
-        angles = torch.tensor([position / c.rope_theta ** (2 * k / c.head_dim) for k in range(half)], dtype=torch.float64)
+        z = torch.complex(vector[:d // 2], vector[d // 2:])
+        angles = torch.tensor([position * frequency(k) for k in range(d // 2)], dtype=torch.float64)
         z = z * torch.polar(torch.ones_like(angles), angles)
         return torch.cat([z.real, z.imag])
 
+    def project(u, p, which):
+        """The heads of queries (0), keys (1) or values (2), (heads, d)."""
+        if p + "W_pack.weight" in weights:
+            return (weights[p + "W_pack.weight"] @ u)[which * heads * d:(which + 1) * heads * d].view(-1, d)
+        name = f"{p}{'qkv'[which]}_proj."
+        vectors = (weights[name + "weight"] @ u + weights.get(name + "bias", 0)).view(-1, d)
+        scale = f"{p}{'qkv'[which]}_norm.weight"
+        return torch.stack([norm(vector, scale) for vector in vectors]) if scale in weights else vectors
+
     x = [weights["model.embed_tokens.weight"][i] for i in ids]
-    for layer in range(c.num_hidden_layers):
+    for layer in range(c["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         normed = [norm(v, p + "input_layernorm.weight") for v in x]
-        q, k, v = ([(weights[f"{p}self_attn.{name}_proj.weight"] @ u).view(-1, c.head_dim) for u in normed] for name in "qkv")
+        q, k, v = ([project(u, p + "self_attn.", which) for u in normed] for which in range(3))
         for t in range(len(ids)):
-            heads = []
-            for head in range(c.num_attention_heads):
-                kv = head * c.num_key_value_heads // c.num_attention_heads
-                scores = torch.stack([turn(q[t][head], t) @ turn(k[s][kv], s) for s in range(t + 1)]) / c.head_dim ** 0.5
-                heads.append(sum(a * v[s][kv] for s, a in enumerate(torch.softmax(scores, 0))))
-            x[t] = x[t] + weights[p + "self_attn.o_proj.weight"] @ torch.cat(heads)
+            mixed = []
+            for head in range(heads):
+                kv = head * kv_heads // heads
+                scores = torch.stack([turn(q[t][head], t) @ turn(k[s][kv], s) for s in range(t + 1)]) / d ** 0.5
+                mixed.append(sum(a * v[s][kv] for s, a in enumerate(torch.softmax(scores, 0))))
+            x[t] = x[t] + weights[p + "self_attn.o_proj.weight"] @ torch.cat(mixed)
         for t in range(len(ids)):
             u = norm(x[t], p + "post_attention_layernorm.weight")
             gate, up = weights[p + "mlp.gate_proj.weight"] @ u, weights[p + "mlp.up_proj.weight"] @ u
             x[t] = x[t] + weights[p + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
-    head = weights["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+    head = weights["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]
+    if c["model_type"] == "baichuan":
+        head = torch.stack([row / row.square().sum().sqrt() for row in head])
     return torch.stack([head @ norm(v, "model.norm.weight") for v in x])
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(tie_word_embeddings=True), dict(num_key_value_heads=4, rope_theta=500.0),
-                                     dict(num_key_value_heads=1, head_dim=6)])
-def test_logits_equal_the_plain_decoder(changes):
-    model = tiny_model(**changes)
-    ids = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(1))
-    logits = model(ids)
-    for row in range(2):
-        torch.testing.assert_close(logits[row].double(), plain_logits(model, ids[row].tolist()), rtol=1e-4, atol=1e-4)
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
+          "original_max_position_embeddings": 16}                  # waves of 6.3 to 1000 positions: all three kinds
+SHAPES = {                                                         # of the families, and their corners
+    "llama": dict(),
+    "llama, tied": dict(tie_word_embeddings=True),
+    "llama 2": dict(num_key_value_heads=4, rope_theta=500.0),
+    "llama, one key head": dict(num_key_value_heads=1, head_dim=6),
+    "llama, linear": dict(rope_scaling=LINEAR, max_position_embeddings=16),
+    "llama 3": dict(rope_scaling=LLAMA3, rope_theta=500.0, head_dim=16, max_position_embeddings=16),
+    "mistral": dict(model_type="mistral", rope_theta=1e6),
+    "qwen2": dict(model_type="qwen2"),
+    "qwen2, tied": dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(model_type="qwen3", head_dim=12),
+    "qwen3, tied": dict(model_type="qwen3", head_dim=12, tie_word_embeddings=True),
+    "baichuan": dict(model_type="baichuan", num_key_value_heads=4),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_the_plain_decoder(shape, tmp_path):
+    """Up to positions far beyond the original context."""
+    model = tiny_model(**SHAPES[shape])
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(3, 53, (1, 24), generator=torch.Generator().manual_seed(1))
+    expected = plain_logits(tmp_path, ids[0].tolist())
+    for decoder_ in (model, Decoder.from_pretrained(tmp_path)):
+        torch.testing.assert_close(decoder_(ids)[0].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_masks_and_positions():
@@ -312,29 +363,53 @@ def test_masks_and_positions():
         model(ids, attention_mask=right.long())
 
 
-@pytest.mark.parametrize("tied", (False, True))
-def test_against_transformers(tied, tmp_path):
+def transformers_model(shape, folder):
+    """A random model of transformers' own, saved by it."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    for parameter in theirs.parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3
-    theirs.save_pretrained(tmp_path / "theirs")
+    fields = {**vars(tiny_config(**SHAPES[shape])), "pad_token_id": 0, "bos_token_id": 1}
+    rope = {**(fields.pop("rope_scaling") or {"rope_type": "default"}), "rope_theta": fields.pop("rope_theta")}
+    fields |= {"rope_parameters": rope, "sliding_window": None}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields)).eval()
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3 + (0.0 if name.endswith("bias") else parameter.dim() == 1)
+    model.save_pretrained(folder)
+    return transformers, model
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "baichuan"])
+def test_against_transformers(shape, tmp_path):
+    transformers, theirs = transformers_model(shape, tmp_path / "theirs")
     ours = Decoder.from_pretrained(tmp_path / "theirs")
-    ids = torch.randint(3, 53, (3, 12))
-    mask = torch.arange(12) < torch.tensor([[12], [7], [1]])
+    ids = torch.randint(3, 53, (3, 60))                            # of which the original context holds 16
+    mask = torch.arange(60) < torch.tensor([[60], [7], [1]])
     expected = theirs(ids, attention_mask=mask.long()).logits
     torch.testing.assert_close(ours(ids, attention_mask=mask)[mask], expected[mask], rtol=0, atol=1e-4)
     ours.save_pretrained(tmp_path / "ours")
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(report.values())
+    assert not any(report.values()) and type(again) is type(theirs)
     torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
-    prompts = [[5, 6, 7, 8], [9], [10, 11]]
+    fresh = tiny_model(**SHAPES[shape])                            # a config.json that is all our own
+    fresh.save_pretrained(tmp_path / "fresh")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
+    torch.testing.assert_close(again(ids).logits, fresh(ids), rtol=0, atol=1e-4)
+    prompts = [[5, 6, 7, 8], [9], [10, 11], list(range(3, 33))]
     for prompt, answer in zip(prompts, generate(ours, prompts, 10, 0, 2)):
         full = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=0)[0].tolist()
         assert answer == (full[len(prompt):] + [2])[:(full[len(prompt):] + [2]).index(2)]
+
+
+def test_the_old_spelling_of_rope_and_the_shards_of_transformers(tmp_path):
+    transformers, theirs = transformers_model("llama 3", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    raw = json.loads((tmp_path / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    ids = torch.randint(3, 53, (1, 60))
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
 # Response log-probabilities: the one thing everybody gets wrong
@@ -477,16 +552,104 @@ def test_generation_edges():
 
 # Hugging Face folders
 
-def test_save_and_load(tmp_path):
-    for tied in (False, True):
-        model, folder = tiny_model(tie_word_embeddings=tied), tmp_path / str(tied)
-        model.save_pretrained(folder)
-        loaded = Decoder.from_pretrained(folder)
-        assert loaded.config == model.config
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters()))
-        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
-        names = safetensors.torch.load_file(folder / "model.safetensors").keys()
-        assert "model.layers.0.self_attn.q_proj.weight" in names and ("lm_head.weight" in names) != tied
+@pytest.mark.parametrize("shape", SHAPES)
+def test_save_and_load(shape, tmp_path):
+    model = tiny_model(**SHAPES[shape])
+    model.save_pretrained(tmp_path)
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.config == model.config and same(dict(loaded.state_dict()), dict(model.state_dict()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    attention = {name.removeprefix("model.layers.0.self_attn.") for name in tensors if "layers.0.self_attn" in name}
+    more = {"qwen2": {"q_proj.bias", "k_proj.bias", "v_proj.bias"}, "qwen3": {"q_norm.weight", "k_norm.weight"}}
+    plain = {"W_pack.weight"} if shape == "baichuan" else {"q_proj.weight", "k_proj.weight", "v_proj.weight"}
+    assert attention == {"o_proj.weight"} | plain | more.get(model.config.model_type, set())
+    assert ("lm_head.weight" in tensors) != model.config.tie_word_embeddings
+
+
+def test_baichuans_head_stays_normalised_while_it_trains(tmp_path):
+    """Logits and log-probs do not change with the length of lm_head's rows, and no gradient goes along them."""
+    model = tiny_model(**SHAPES["baichuan"])
+    w, l = response_logps(model, PairBatch.from_ids(random_rows(random.Random(0), 4)))
+    (w - l).sum().backward()
+    head = model.lm_head.weight
+    assert head.grad.norm() > 1e-3
+    torch.testing.assert_close((head.grad * head.detach()).sum(dim=1), torch.zeros(53), rtol=0, atol=1e-5)
+    ids = torch.randint(3, 53, (1, 9))
+    before = model(ids)
+    head.data *= torch.rand(53, 1) + 0.5
+    torch.testing.assert_close(model(ids), before)
+
+
+def test_saved_as_it_came(tmp_path):
+    """config.json keeps what the decoder does not read, but for the dtype, which is that of the weights now."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "a")
+    edit_json(tmp_path / "a/config.json", auto_map={"AutoModel": "x.Y"}, rope_theta=None, torch_dtype="bfloat16")
+    raw = json.loads((tmp_path / "a/config.json").read_text())
+    Decoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text()) == {**raw, "torch_dtype": "float32"}
+
+
+def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
+    model = tiny_model(model_type="baichuan", num_key_value_heads=4)
+    model.save_pretrained(tmp_path)                                # in one file, which the shards replace
+    monkeypatch.setattr(decoder, "SHARD_BYTES", 15000)
+    model.save_pretrained(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    count = len(names) - 2
+    assert count > 2 and names == ["config.json"] + [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)] \
+        + ["model.safetensors.index.json"]
+    assert all((tmp_path / name).stat().st_size < 17000 for name in names)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+    for name, shard in index["weight_map"].items():
+        with safetensors.safe_open(tmp_path / shard, framework="pt") as tensors:
+            assert name in tensors.keys()
+    assert same(dict(Decoder.from_pretrained(tmp_path).state_dict()), dict(model.state_dict()))
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)                                # and back
+    assert same(dict(Decoder.from_pretrained(tmp_path).state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_pytorch_bins(tmp_path, shards):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)           # old checkpoints hold it
+    (tmp_path / "model.safetensors").unlink()
+    where = {name: f"pytorch_model-{k % shards}.bin" if shards > 1 else "pytorch_model.bin" for k, name in enumerate(tensors)}
+    for file in set(where.values()):
+        torch.save({name: tensor for name, tensor in tensors.items() if where[name] == file}, tmp_path / file)
+    if shards > 1:
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    loaded = Decoder.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.items())
+
+
+MEMORY = """
+import sys, model
+def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+model.Decoder(model.DecoderConfig(8, 8, 8, 1, 1, 1, 8))            # torch has what it needs from now on
+before = peak()
+decoder = model.Decoder.from_pretrained(sys.argv[1])
+print((peak() - before) / sum(parameter.nbytes for parameter in decoder.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's peak memory from")
+@pytest.mark.parametrize("form", ("safetensors", "bfloat16", "bin"))
+def test_loading_needs_little_more_than_the_model(tmp_path, form):
+    """50 million parameters, a third of them embeddings; the peak of a fresh process over the model's own size."""
+    config = DecoderConfig(32000, 512, 1408, 10, 8, 4, 64)
+    model = Decoder(config)
+    assert 45e6 < sum(parameter.numel() for parameter in model.parameters()) < 65e6
+    model.to(torch.bfloat16 if form == "bfloat16" else torch.float32).save_pretrained(tmp_path)
+    if form == "bin":
+        as_bin(tmp_path)
+    out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True, text=True, check=True)
+    assert 0.9 < float(out.stdout) < 1.3, out.stdout
 
 
 def test_shards_and_both_spellings_of_rope(tmp_path):
@@ -518,23 +681,61 @@ def edit_tensors(path, change):
     safetensors.torch.save_file(tensors, path)
 
 
+def as_bin(folder, change=lambda content: content):
+    """model.safetensors to pytorch_model.bin, perhaps damaged."""
+    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(change((folder / "pytorch_model.bin").read_bytes()))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
 BROKEN_MODELS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-50]),
                   "model.safetensors: cannot be read"),
     "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
-    "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type is 'gpt2'"),
-    "scaled rope": (lambda f: edit_json(f / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_parameters is"),
-    "old scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear"}), "rope_scaling is"),
-    "rope is text": (lambda f: edit_json(f / "config.json", rope_scaling="linear"), "rope_scaling is 'linear'"),
+    "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
+    "mixture of experts": (lambda f: edit_json(f / "config.json", model_type="mixtral"), "model_type 'mixtral'"),
+    "a list for the family": (lambda f: edit_json(f / "config.json", model_type=["llama"]), "config.json: "),
+    "scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling=None, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
+    "old scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}), "'dynamic'"),
+    "rope is text": (lambda f: edit_json(f / "config.json", rope_scaling="linear"), "is 'linear', not a JSON object"),
+    "rope without factor": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear"}), "has no factor"),
+    "rope factor is text": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear", "factor": "2"}), "factor is '2'"),
+    "rope bands": (lambda f: edit_json(f / "config.json", rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor must"),
+    "half rotated": (lambda f: edit_json(f / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    "sliding": (lambda f: edit_json(f / "config.json", model_type="mistral", sliding_window=64), "sliding_window 64"),
+    "sliding by default": (lambda f: (f / "config.json").write_text(json.dumps({
+        **{k: v for k, v in json.loads((f / "config.json").read_text()).items() if k != "sliding_window"},
+        "model_type": "mistral", "max_position_embeddings": 32768})), "sliding_window 4096"),
+    "sliding qwen": (lambda f: edit_json(f / "config.json", model_type="qwen2", sliding_window=64, use_sliding_window=True),
+                     "sliding_window 64"),
+    "no key norm": (lambda f: edit_json(f / "config.json", model_type="qwen3", sliding_window=None),
+                    "tensor model.layers.0.self_attn.k_norm.weight is missing"),
+    "alibi": (lambda f: edit_json(f / "config.json", model_type="baichuan", max_position_embeddings=None), "nor 13B"),
+    "first baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", architectures=["BaiChuanForCausalLM"]),
+                       "neither the first generation"),
+    "quantised by config": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "quantization_config"),
     "text for a number": (lambda f: edit_json(f / "config.json", rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
     "text for a truth": (lambda f: edit_json(f / "config.json", tie_word_embeddings="false"), "neither true nor false"),
     "not a number": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan"))),
                      "model.norm.weight holds values that are not finite"),
     "index out of the folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../model.safetensors"}}')), "files of this folder"),
-    "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias is True"),
+    "index of bins out of the folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map": {"a": "/tmp/pytorch_model.bin"}}')), "files of this folder"),
+    "a shard is not there": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1.safetensors"}}')), "model-1.safetensors: cannot be read"),
+    "a truncated bin": (lambda f: as_bin(f, lambda content: content[:-50]), "pytorch_model.bin: cannot be read"),
+    "a bin of code": (lambda f: as_bin(f, lambda content: pickle.dumps(Malicious())), "pytorch_model.bin: cannot be read"),
+    "a bin of something": (lambda f: ((f / "model.safetensors").unlink(), torch.save([1], f / "pytorch_model.bin")),
+                           "it holds no table of tensors"),
+    "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias True"),
     "no size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size"),
     "text for a size": (lambda f: edit_json(f / "config.json", vocab_size="53"), "vocab_size is '53'"),
     "other size": (lambda f: edit_json(f / "config.json", vocab_size=54), "has shape (53, 32), but config.json says (54, 32)"),
