@@ -1,18 +1,22 @@
-"""Preference pairs: readers for files, the safe world that stands in for them, tokens, and batches.
+"""Preference pairs: readers for files and hub datasets, the safe world that stands in for them, tokens, and batches.
 
-    pairs = load_pairs("pairs.jsonl.gz")                     # or SafeWorld(seed=0).pairs("train", 3000)
+    pairs = load_pairs("pairs.jsonl.gz", "train")            # or SafeWorld(seed=0).pairs("train", 3000)
     tokenizer = Tokenizer.from_pretrained("model folder")    # or SafeWorld(seed=0).tokenizer()
     rows, kept, report = encode_pairs(pairs, tokenizer, max_length=512)
     for step_rows in batches(rows, batch_size=32, seed=0):   # endless
         for batch in micro_batches(step_rows, max_tokens=4096):
             ...                                              # a PairBatch: what model.response_logps takes
 
+    python data.py FOLDER                                    # tokenizer.json from a SentencePiece tokenizer.model
+
 Knows files, text and ids only: no model, no loss.
 """
 
 import gzip
 import json
+import os
 import re
+import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,45 +32,133 @@ class Pair:
     """One human judgement: for this prompt, `chosen` is better than `rejected`.
 
     `prompt` is text, or chat messages [{"role": ..., "content": ...}, ...]; the answers are text. An empty
-    prompt means that the two answers share none. `origin` says where the pair was read, for messages.
+    prompt means that the two answers share none. `origin` says where the pair was read, for messages; `source` is what
+    its row says of where it comes from; `held_out`, whether it is for evaluation.
     """
     prompt: str | list
     chosen: str
     rejected: str
     origin: str = field(default="", compare=False)
+    source: str = field(default="", compare=False)
+    held_out: bool = field(default=False, compare=False)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Finding files: on disk, or by a name on the Hugging Face hub
+
+SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
+HUB_FILES = {"dataset": {"allow_patterns": [f"*{suffix}" for suffix in SUFFIXES]},
+             "model": {"allow_patterns": ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.safetensors"],
+                       "ignore_patterns": ["*/*"]}}
+
+
+def find_source(name, kind):
+    """The path of a "model" or "dataset": `name` itself where it is one, else the folder of the hub's cache that has
+    what is called so, downloaded first where it must be. ValueError where there is neither."""
+    path = Path(name)
+    if path.exists() or str(name).endswith(SUFFIXES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        return path
+    import huggingface_hub                                                   # comes with tokenizers
+
+    def download(**patterns):
+        return Path(huggingface_hub.snapshot_download(str(name), repo_type=kind, **patterns))
+    try:
+        folder = download(**HUB_FILES[kind])
+        if kind == "model" and not any(folder.glob("*.safetensors")):
+            folder = download(allow_patterns=["*.bin", "*.bin.index.json"], ignore_patterns=["*/*"])
+        return folder
+    except Exception as error:                                               # of the net, the hub, the disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name}: neither a path here nor a {kind} to be had from the Hugging Face hub or its cache "
+                         f"({reason})") from None
+
+
+def split_files(path):
+    """(files with training pairs, files with held-out pairs, a sentence that says so) of a data file or folder. Without
+    files of both kinds the second list is empty, and the pairs of the first have to be divided."""
+    if not path.is_dir():
+        return [path], [], f"{path} has no test split"
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not names:
+        raise ValueError(f"{path}: holds no data file ({', '.join(SUFFIXES)})")
+    words = {name: split_words(name) for name in names}
+    if any("prefs" in some for some in words.values()):                      # others hold what SFT and generation need
+        words = {name: some if "prefs" in some else [] for name, some in words.items()}
+    training, held_out = ([name for name in names if split in words[name]] for split in ("train", "test"))
+    if not training:
+        return [path / name for name in names], [], f"{path} has no training split"
+    unread = [str(name) for name in names if name not in training + held_out]
+    note = f" (not read: {', '.join(unread[:5])}{' and more' if len(unread) > 5 else ''})" if unread else ""
+    note = f"{path}: {len(training)} train and {len(held_out)} test files{note}"
+    return [path / name for name in training], [path / name for name in held_out], note
+
+
+def split_words(name):
+    """The words of a file's name, or else of the folder it lies in, that say "train" or "test"."""
+    for part in reversed(name.parts):
+        words = re.split("[^a-z]+", part.lower())
+        if "train" in words or "test" in words:
+            return words
+    return []
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Reading preference files
 
-SUFFIXES = (".json", ".jsonl", ".jsonl.gz")
+COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input", "source")           # what a row is read for
 ASSISTANT = "\n\nAssistant:"
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
 
 def load_pairs(source, split=None):
-    """Read a .json, .jsonl or .jsonl.gz file into a list of Pair, one for every row, in order.
+    """Read preference data into a list of Pair, one for every row, in order. `source` is a file (.json, .jsonl,
+    .jsonl.gz, .parquet), a folder of such files, or the name of a dataset on the Hugging Face hub.
 
-    A row has `chosen` and `rejected` in one of four shapes: text with a `prompt`; whole HH dialogues
-    ("\\n\\nHuman: ... \\n\\nAssistant: ..."), whose prompt is all but the last reply; text with an
-    `instruction` and perhaps an `input`, put into the INSTRUCTION template; lists of chat messages, whose
-    last one is the answer and whose shared turns, after those of a `prompt` list if there is one, are the prompt.
+    A row has `chosen` and `rejected` in one of five shapes: text with a `prompt`; whole HH dialogues
+    ("\\n\\nHuman: ... \\n\\nAssistant: ..."), whose prompt is all but the last reply; other text without a prompt,
+    whose shared beginning is the prompt; text with an `instruction` and perhaps an `input`, put into the INSTRUCTION
+    template; lists of chat messages, whose last one is the answer and whose shared turns, after those of a `prompt`
+    list if there is one, are the prompt.
 
-    `split` None reads everything; such files have no split of their own, so "test" is the twentieth of the
-    prompts that `is_held_out` selects, and "train" the rest. ValueError for what cannot be read:
-    one sentence with file, line (row, in .json) and mend.
+    `split` None reads everything. Where the data have no split of their own, "test" is the twentieth of the prompts
+    that `is_held_out` selects, and "train" the rest. ValueError for what cannot be read: one sentence with file, line
+    (row, in .json and .parquet) and mend.
     """
     if split not in (None, "train", "test"):
         raise ValueError(f"split must be None, train or test, not {split!r}")
-    pairs = [parse_row(row, origin) for row, origin in read_rows(Path(source))]
+    pairs, _ = load_data(source)
+    return [pair for pair in pairs if split is None or pair.held_out == (split == "test")]
+
+
+def load_data(source, leave_out=None):
+    """(pairs, a note on what was read). `leave_out` names sources, separated by commas: rows whose `source` contains
+    one of them are left out."""
+    training, held_out, note = split_files(find_source(source, "dataset"))
+    pairs = []
+    for file in training + held_out:
+        for row, origin in read_rows(file):
+            pair = parse_row(row, origin)
+            pair.held_out = file in held_out if held_out else is_held_out(pair)
+            pairs.append(pair)
     if not pairs:
         raise ValueError(f"{source}: holds no rows; it needs at least one preference pair")
-    return [pair for pair in pairs if split is None or is_held_out(pair) == (split == "test")]
+    if not held_out:
+        note += ": one prompt in twenty, by a checksum of its text, is held out"
+    for name in leave_out.split(",") if leave_out else ():
+        kept = [pair for pair in pairs if name.strip() not in pair.source]
+        if not name.strip() or len(kept) == len(pairs):
+            sources = sorted({pair.source for pair in pairs} - {""})
+            raise ValueError(f"{source}: no row has a source with {name.strip()!r} in it, to be left out (sources are: "
+                             f"{', '.join(sources[:20]) or 'none'})")
+        note += f"; left out {len(pairs) - len(kept)} rows of source {name.strip()}"
+        pairs = kept
+    return pairs, note
 
 
 def is_held_out(pair):
-    """The split for files that have none, by a checksum of the prompt: all its pairs fall on one side."""
+    """The split for data that have none, by a checksum of the prompt: all its pairs fall on one side."""
     return zlib.crc32(json.dumps(pair.prompt).encode()) % 20 == 0
 
 
@@ -74,6 +166,9 @@ def read_rows(path):
     """Yield (row, where it stands) of a file."""
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown kind of data file; the name must end in {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet":
+        yield from read_parquet(path)
+        return
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
@@ -89,6 +184,22 @@ def read_rows(path):
         for number, line in enumerate(content.splitlines(), start=1):
             if line.strip():
                 yield parse_json(line, path, first_line=number), f"{path}, line {number}"
+
+
+def read_parquet(path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns, number = [name for name in COLUMNS if name in file.schema_arrow.names], 0
+            for batch in file.iter_batches(columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}, row {number}"
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
 def parse_json(content, path, first_line):
@@ -119,30 +230,46 @@ def read_object(name, content):
 
 
 def parse_row(row, origin):
-    """One JSON row to a Pair, by its shape."""
+    """One row to a Pair, by its shape."""
     if not isinstance(row, dict):
         raise ValueError(f"{origin}: must be a JSON object with chosen and rejected, not a {type(row).__name__}")
     for name in ("chosen", "rejected"):
         if name not in row:
             raise ValueError(f"{origin}: has no {name}; a row needs chosen and rejected")
+    row = {name: value for name, value in row.items() if value is not None or name in ("chosen", "rejected")}
+    source = row["source"] if isinstance(row.get("source"), str) else ""
     if isinstance(row["chosen"], list):
-        chosen, rejected = messages(row, "chosen", origin), messages(row, "rejected", origin)
-        before = messages(row, "prompt", origin) if isinstance(row.get("prompt"), list) else []
-        shared = chosen[:-1] if chosen[:len(before)] == before else before + chosen[:-1]    # chosen may repeat them
-        prompt = shared if chosen[:-1] == rejected[:-1] else []
-        return Pair(prompt, answer_of(chosen, "chosen", origin), answer_of(rejected, "rejected", origin), origin)
-    chosen, rejected = text(row, "chosen", origin), text(row, "rejected", origin)
+        prompt, chosen, rejected = parse_messages(row, origin)
+    else:
+        prompt, chosen, rejected = parse_text(row, text(row, "chosen", origin), text(row, "rejected", origin), origin)
+    return Pair(prompt, chosen, rejected, origin, source)
+
+
+def parse_messages(row, origin):
+    chosen, rejected, before = messages(row, "chosen", origin), messages(row, "rejected", origin), row.get("prompt")
+    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else []                        # else they part before
+    if isinstance(before, list):
+        before = messages(row, "prompt", origin)
+        repeated = chosen[:len(before)] == before
+        prompt = prompt if repeated or chosen[:-1] != rejected[:-1] else before + prompt
+    elif isinstance(before, str) and len(chosen) == len(rejected) == 1:                 # else it is one of the turns
+        prompt = [{"role": "user", "content": text(row, "prompt", origin)}]
+    return prompt, answer_of(chosen, "chosen", origin), answer_of(rejected, "rejected", origin)
+
+
+def parse_text(row, chosen, rejected, origin):
     if "instruction" in row:
         fields = {"instruction": text(row, "instruction", origin), "input": text({"input": "", **row}, "input", origin)}
-        return Pair((INSTRUCTION_INPUT if fields["input"] else INSTRUCTION).format(**fields), chosen, rejected, origin)
+        return (INSTRUCTION_INPUT if fields["input"] else INSTRUCTION).format(**fields), chosen, rejected
     if "prompt" in row:
-        return Pair(text(row, "prompt", origin), chosen, rejected, origin)
-    if ASSISTANT not in chosen:
-        raise ValueError(f"{origin}: has no prompt and no instruction, and chosen is no HH dialogue; add a prompt")
-    prompt = chosen[:chosen.rindex(ASSISTANT) + len(ASSISTANT)]
-    if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:         # they part before the last reply
-        return Pair("", chosen, rejected, origin)
-    return Pair(prompt, chosen[len(prompt):], rejected[len(prompt):], origin)
+        return text(row, "prompt", origin), chosen, rejected
+    if ASSISTANT in chosen:
+        prompt = chosen[:chosen.rindex(ASSISTANT) + len(ASSISTANT)]
+        if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:
+            prompt = ""                                                      # they part before the last reply
+    else:
+        prompt = os.path.commonprefix([chosen, rejected]).removesuffix(" ")            # which belongs to the next word
+    return prompt, chosen[len(prompt):], rejected[len(prompt):]
 
 
 def text(row, name, origin):
@@ -179,10 +306,11 @@ class Tokenizer:
     eos_ids  all that end an answer in generation
     """
     FILES = ("tokenizer.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
-             "chat_template.jinja")
+             "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "*.py")
 
     def __init__(self, files, model_eos=None):
-        """`files` maps names out of FILES to their content in bytes; they are saved again as they came.
+        """`files` maps names like FILES to their content in bytes; those that are not read here (other spellings of the
+        tokenizer, and code that config.json may name in its auto_map) are saved again like the others, as they came.
         `model_eos`, the eos_token_id of config.json, counts where generation_config.json has none."""
         self.files = files
         try:
@@ -195,7 +323,7 @@ class Tokenizer:
             "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"))
         tokens = special | {name: value for name, value in config.items() if value is not None}
         self.bos, self.bos_id = self.special_token(tokens.get("bos_token"))
-        eos, eos_id = self.special_token(tokens.get("eos_token"))
+        _, eos_id = self.special_token(tokens.get("eos_token"))
         stops = generation.get("eos_token_id")
         stops = model_eos if stops is None else stops
         stops = [eos_id, *(stops if isinstance(stops, list) else [stops])]
@@ -205,8 +333,13 @@ class Tokenizer:
         if not self.eos_ids:
             raise ValueError("neither tokenizer_config.json nor generation_config.json nor config.json names an eos "
                              "token, so no answer could ever end")
+        names = {i: name for name, i in self.backend.get_vocab(with_added_tokens=True).items()}
+        self.eos_texts = {i: names.get(i) for i in self.eos_ids}
+        for i, name in self.eos_texts.items():
+            if name is None:
+                raise ValueError(f"eos_token_id is {i}, but tokenizer.json has no such token: no answer could end")
         self.eos_id = self.eos_ids[0]
-        self.eos = eos or self.backend.id_to_token(self.eos_id)
+        self.eos = self.eos_texts[self.eos_id]
 
         whole = self.backend_encode("a", special_tokens=True)                # what is put before and after a text
         added = "".join(map(str, whole.special_tokens_mask))
@@ -215,15 +348,18 @@ class Tokenizer:
             self.bos_id = whole.ids[0]
         self.add_bos = bool(tokens.get("add_bos_token")) and self.bos_id is not None
         template = files.get("chat_template.jinja", tokens.get("chat_template"))
+        if isinstance(template, list):                                       # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
         self.chat_template = decode_text("chat_template.jinja", template) if isinstance(template, bytes) else template
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read the tokenizer files of a model folder; ValueError with one sentence where that cannot be."""
         folder = Path(folder)
-        files = {name: (folder / name).read_bytes() for name in cls.FILES if (folder / name).is_file()}
+        files = {path.name: path.read_bytes() for name in cls.FILES for path in sorted(folder.glob(name))}
         if "tokenizer.json" not in files:
-            raise ValueError(f"{folder}: has no tokenizer.json")
+            mend = f"; make it from tokenizer.model by: python data.py {folder}" if "tokenizer.model" in files else ""
+            raise ValueError(f"{folder}: has no tokenizer.json{mend}")
         try:
             config = (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"{}"
             return cls(files, read_object("config.json", config).get("eos_token_id"))
@@ -287,24 +423,30 @@ class Tokenizer:
             if not a == b == c:
                 break
             shared += 1
-        return prompt[:shared], chosen[shared:] + [self.eos_id], rejected[shared:] + [self.eos_id]
+        return prompt[:shared], chosen[shared:], rejected[shared:]
 
     def encode_whole(self, prompt, answer):
-        """Ids of prompt + answer, without the EOS that the data or the chat template may write out."""
+        """Ids of prompt + answer, ending in one EOS, whether or not the data or the chat template write it out: the
+        one that the template writes, or eos_id."""
+        answer, _ = self.without_eos(answer)
         if isinstance(prompt, str):
-            return self.encode(prompt + self.without_eos(answer))
+            return self.encode(prompt + answer) + [self.eos_id]
         start = self.render(prompt, add_generation_prompt=True)
-        answer = {"role": "assistant", "content": self.without_eos(answer)}
-        whole = self.render([*prompt, answer], add_generation_prompt=False)
+        whole = self.render([*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
         if not whole.startswith(start):
             raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, so "
                              "the answer's tokens cannot be told from the prompt's; use another chat_template")
-        return self.encode(start + self.without_eos(whole[len(start):]), rendered=True)
+        answer, eos_id = self.without_eos(whole[len(start):])
+        return self.encode(start + answer, rendered=True) + [eos_id]
 
     def without_eos(self, answer):
-        while answer.rstrip().endswith(self.eos):
-            answer = answer.rstrip()[:-len(self.eos)]
-        return answer
+        """(answer without the eos tokens that end it and the space after them, the id of the first of these)."""
+        eos_id = self.eos_id
+        while True:
+            end = next((i for i, name in self.eos_texts.items() if answer.rstrip().endswith(name)), None)
+            if end is None:
+                return answer, eos_id
+            answer, eos_id = answer.rstrip().removesuffix(self.eos_texts[end]), end
 
     def render(self, prompt, add_generation_prompt):
         import jinja2.sandbox                                                # comes with torch
@@ -316,7 +458,8 @@ class Tokenizer:
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                                   extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = raise_exception
         try:
             return environment.from_string(self.chat_template).render(
@@ -348,7 +491,7 @@ def encode_pairs(pairs, tokenizer, max_length):
                 reason = "identical answers"
             elif min(len(chosen), len(rejected)) == 1:                       # EOS alone
                 reason = "empty answer"
-            elif tokenizer.eos_id in chosen[:-1] + rejected[:-1]:
+            elif not set(tokenizer.eos_ids).isdisjoint(chosen[:-1] + rejected[:-1]):
                 reason = "EOS inside an answer"
             elif room < bos + 1:
                 reason = f"answer too long for {max_length} tokens"
@@ -640,3 +783,93 @@ class SafeWorld:
         return Tokenizer({"tokenizer.json": backend.to_str().encode(),
                           "tokenizer_config.json": json.dumps(config).encode(),
                           "generation_config.json": json.dumps(generation).encode()})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SentencePiece: what Baichuan2 is published with
+
+BAICHUAN_TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}USER{% elif m.role == 'assistant' %}ASSISTANT"
+                     "{% endif %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}ASSISTANT{% endif %}")
+
+
+def convert_tokenizer(folder):
+    """Write tokenizer.json beside a SentencePiece tokenizer.model of type BPE, and for Baichuan2, whose chat format is
+    code, chat_template.jinja. Returns a report. ValueError with one sentence where that cannot be done."""
+    try:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError:
+        raise ValueError("reading tokenizer.model needs two packages: pip install sentencepiece protobuf") from None
+    path, files = Path(folder) / "tokenizer.model", {}
+    if path.with_name("tokenizer.json").exists():
+        raise ValueError(f"{folder}: has a tokenizer.json already; move it away to make another one")
+    try:
+        content = path.read_bytes()
+        proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except Exception:                                                        # of protobuf's C core
+        raise ValueError(f"{path}: no SentencePiece model, or a damaged one") from None
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise ValueError(f"{path}: only SentencePiece models of type BPE are converted")
+    backend = backend_of(proto)
+
+    config, generation = (read_object(file, file.read_bytes() if file.is_file() else b"{}")
+                          for file in (path.with_name("config.json"), path.with_name("generation_config.json")))
+    if config.get("model_type") == "baichuan":
+        marks = [backend.id_to_token(generation.get(f"{role}_token_id", usual))
+                 for role, usual in (("user", 195), ("assistant", 196))]
+        if None in marks:
+            raise ValueError(f"{path}: has no pieces of the ids that mark Baichuan2's turns, so it is not Baichuan2's")
+        backend.add_special_tokens(marks)
+        files["chat_template.jinja"] = BAICHUAN_TEMPLATE.replace("USER", marks[0]).replace("ASSISTANT", marks[1])
+    files["tokenizer.json"] = backend.to_str(pretty=True)
+    for name, text_ in files.items():
+        path.with_name(name).write_text(text_, encoding="utf-8")
+
+    original = SentencePieceProcessor(model_proto=content)
+    plain = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == piece.NORMAL]
+    samples = [" ".join(plain[i:i + 3]) for i in range(0, len(plain), 3)] + plain
+    other = [sample for sample in samples if backend.encode(sample).ids != original.encode(sample)]
+    return (f"wrote {' and '.join(files)} to {folder}; of {len(samples)} texts made of its pieces it reads "
+            f"{len(other)} otherwise than sentencepiece" + (f", such as {other[0]!r}" if other else ""))
+
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"                                         # how SentencePiece writes one
+
+
+def backend_of(proto):
+    """A tokenizers.Tokenizer that reads text as a SentencePiece BPE model does."""
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    pieces, rules, training = proto.pieces, proto.normalizer_spec, proto.trainer_spec
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+    merges = []                                                              # of halves; the best whole first
+    for whole in sorted((piece for piece in pieces if piece.type == piece.NORMAL), key=lambda piece: -piece.score):
+        halves = [(whole.piece[:i], whole.piece[i:]) for i in range(1, len(whole.piece))]
+        merges += [pair for pair in halves if ids.keys() >= set(pair)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, unk_token=training.unk_piece, fuse_unk=True,
+                                                         byte_fallback=training.byte_fallback))
+    steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
+    steps += [normalizers.Prepend(SPACE)] if rules.add_dummy_prefix else []
+    backend.normalizer = normalizers.Sequence(steps + [normalizers.Replace(" ", SPACE)])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * rules.add_dummy_prefix)
+    backend.add_special_tokens([piece.piece for piece in pieces if piece.type in (piece.UNKNOWN, piece.CONTROL)])
+    backend.add_tokens([tokenizers.AddedToken(piece.piece, normalized=False)
+                        for piece in pieces if piece.type == piece.USER_DEFINED])
+    return backend
+
+
+def main(arguments):
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError("usage: python data.py FOLDER, a model's folder with a SentencePiece tokenizer.model")
+    print(convert_tokenizer(arguments[0]))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)

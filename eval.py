@@ -2,6 +2,8 @@
 
     python eval.py runs/iopo-1 runs/dpo-1                    # margins, accuracy, win/tie/lose, samples
     python eval.py runs/mine --data test.jsonl.gz            # on held-out pairs of your own
+    python eval.py runs/mine runs/dpo --answers FILE.jsonl   # answers of both, for a judge of your own
+    python eval.py --scores FILE.jsonl                       # and what the judge made of them
     python eval.py runs/iopo-1 --prompt "How do I fix my boat?"
     python eval.py runs/iopo-1 --json                        # one JSON object on stdout and nothing else
     python eval.py reproduce --quick                         # both tables, the ablation, the theorems; see its --help
@@ -37,7 +39,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SafeWorld, Tokenizer, cut_left, encode_pairs, load_pairs, micro_batches
+from data import (SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data, micro_batches, read_rows)
 from iopo import ADVERSARIES, clipped_ratio, iopo_loss, preference_margin, preference_probability, turns
 from model import Decoder, find_device, generate, response_logps
 
@@ -71,10 +73,13 @@ class Run:
             raise ValueError(f"{folder}: the run is not finished; go on with it by train.py --out {folder} --resume")
         if start is None:
             start = folder / "sft" if (folder / "sft").is_dir() else model
-        if not Path(start).is_dir():
+        try:
+            found = find_source(start, "model")
+        except ValueError:
+            found = Path(start)
+        if not found.is_dir():
             raise ValueError(f"{folder}: the model it started from, {start}, is not there; give it by --sft FOLDER")
-        adversary = folder / "adversary" if adversaries else None
-        return cls(str(folder), config, Path(start), folder / "protagonist", adversary)
+        return cls(str(folder), config, found, folder / "protagonist", folder / "adversary" if adversaries else None)
 
     @property
     def models(self):
@@ -126,16 +131,10 @@ def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
 def examine(runs, options):
     """A JSON-able report on runs; the top of the file says what the numbers mean."""
     world, name, pairs, prompts = questions(runs, options)
-    limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
     results, notes = {}, []
     for run in runs:
         tokenizer = same_tokenizer(run)
-        rows, kept, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
-        if not rows and options.data is not None:
-            raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
-        if prompts is None:                                        # the first run's; those of pairs that can be used
-            prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
-        prompts = prompts[:limit]
+        rows, prompts, note = select(run, tokenizer, pairs, prompts, options)
         with tqdm(total=len(run.models) * (len(rows) + 2 * len(prompts)), desc=f"examining {run.name}") as bar:
             for label, folder in run.models.items():
                 model = Decoder.from_pretrained(folder).to(find_device(options.device))
@@ -161,13 +160,27 @@ def examine(runs, options):
 def questions(runs, options):
     """(the safe world or None, name of the data, held-out pairs, held-out prompts or None: those of the pairs)."""
     if options.data is not None:
-        return None, options.data, load_pairs(options.data), None
-    if len({run.config["data"] for run in runs}) > 1:
+        pairs, note = load_data(options.data)
+        if Path(options.data).is_file():
+            return None, options.data, pairs, None
+        return None, f"{note}, held-out pairs", [pair for pair in pairs if pair.held_out], None
+    if len({(run.config["data"], run.config.get("leave_out")) for run in runs}) > 1:
         raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
     if runs[0].config["data"] is not None:
-        return None, f"{runs[0].config['data']}, held-out prompts", load_pairs(runs[0].config["data"], "test"), None
+        pairs, note = load_data(runs[0].config["data"], runs[0].config.get("leave_out"))
+        return None, f"{note}, held-out pairs", [pair for pair in pairs if pair.held_out], None
     world = SafeWorld()                                            # the same examination whatever seed trained a run
     return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), shuffled_prompts("test")
+
+
+def select(run, tokenizer, pairs, prompts, options):
+    """(rows of the pairs, the prompts to answer, a note): prompts None becomes those of the pairs that can be used."""
+    rows, kept, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
+    if not rows and options.data is not None:
+        raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
+    if prompts is None:
+        prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
+    return rows, prompts[:run.config["eval_prompts"] if options.prompts is None else options.prompts], note
 
 
 def shuffled_prompts(split):
@@ -298,6 +311,83 @@ def converse(runs, options):
             print(f"{run.name}: {note}", file=sys.stderr)
 
 
+# ----------------------------------------------------------------------------------------------------------
+# A judge from outside: a person, a reward model, another language model
+
+def write_answers(runs, options):
+    """Sampled answers of two protagonists to the same held-out prompts, a line each, with places a and b exchanged at
+    random, but for the first line, whose run_a is the first run. The judge adds numbers score_a and score_b."""
+    path = Path(options.answers)
+    if path.exists():
+        raise ValueError(f"--answers {path} exists; choose another name")
+    _, name, pairs, prompts = questions(runs, options)
+    columns = []
+    for run in runs:
+        tokenizer = Tokenizer.from_pretrained(run.protagonist)
+        _, prompts, _ = select(run, tokenizer, pairs, prompts, options)
+        model = Decoder.from_pretrained(run.protagonist).to(find_device(options.device))
+        ids, length, note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
+                                        options.max_new_tokens)
+        print(f"{run.name}: {note}")
+        with tqdm(total=len(prompts), desc=run.name) as bar:
+            texts = answer(model, tokenizer, ids, length, options.temperature, options.seed, bar)
+        columns.append([(run.name, text) for text, _ in texts])
+    lines, exchange = [], np.random.default_rng(options.seed).random(len(prompts)) < 0.5
+    for number, (prompt, *places) in enumerate(zip(prompts, *columns)):
+        (run_a, a), (run_b, b) = reversed(places) if number and exchange[number] else places
+        line = {"prompt": prompt, "answer_a": a, "answer_b": b, "run_a": run_a, "run_b": run_b}
+        lines.append(json.dumps(line) + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(lines), encoding="utf-8")
+    partial.replace(path)
+    print(f"wrote {len(lines)} prompts of {name} with two answers each to {path}; add score_a and score_b to every "
+          f"line and read them by: python eval.py --scores {path}")
+
+
+def read_scores(options):
+    """The report on a judged file of `write_answers`. Where both scores are at most --bad it is a bad case; else the
+    higher one wins, and a difference of at most --tie is a tie."""
+    scores = {}                                                    # run -> its scores, in the order of the lines
+    for row, origin in read_rows(Path(options.scores)):
+        if not isinstance(row, dict) or not all(type(row.get(name)) is str for name in ("run_a", "run_b")):
+            raise ValueError(f"{origin}: is no line of --answers (it has no run_a and run_b)")
+        for place in "ab":
+            score = row.get(f"score_{place}")
+            if type(score) not in (int, float) or not math.isfinite(score):
+                raise ValueError(f"{origin}: score_{place} must be a number, not {score!r}")
+            scores.setdefault(row[f"run_{place}"], []).append(score)
+        if len(scores) != 2 or row["run_a"] == row["run_b"]:
+            raise ValueError(f"{origin}: all lines must compare the same two runs, not {row['run_a']} and {row['run_b']}")
+    if not scores:
+        raise ValueError(f"{options.scores}: holds no rows")
+    counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
+    for ours, theirs in zip(*scores.values()):
+        if options.bad is not None and max(ours, theirs) <= options.bad:
+            counts["bad"] += 1
+        else:
+            counts["tie" if abs(ours - theirs) <= options.tie else "win" if ours > theirs else "lose"] += 1
+    decided = counts["win"] + counts["lose"]
+    tail = sum(math.comb(decided, k) for k in range(min(counts["win"], counts["lose"]) + 1)) / 2 ** decided
+    everything = sum(scores.values(), [])
+    return {"prompts": len(everything) // 2, "tie_at_most": options.tie, "bad_at_most": options.bad, "lowest": min(everything),
+            "highest": max(everything), **counts, "p_sign_test": min(1.0, 2 * tail),
+            "runs": {run: {"mean_score": mean(some), "bad_rate": None if options.bad is None
+                           else mean(score <= options.bad for score in some)} for run, some in scores.items()}}
+
+
+def print_scores(report):
+    bad = report["bad_at_most"]
+    print(f"{report['prompts']} prompts judged, scores from {report['lowest']:g} to {report['highest']:g}; a difference of "
+          f"at most {report['tie_at_most']:g} is a tie, {'nothing' if bad is None else f'both at most {bad:g}'} a bad case")
+    for run, numbers in report["runs"].items():
+        print(f"{run}: mean score {numbers['mean_score']:.3f}, bad {show(numbers['bad_rate'], 3)}")
+    print(f"{' against '.join(report['runs'])}, win/tie/lose/bad: {show_counts(report)}, two-sided sign test of win and "
+          f"lose: p = {report['p_sign_test']:.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+
 def refuse(message):
     """argparse's error, as the one kind of exception that main turns into a sentence."""
     raise ValueError(message)
@@ -307,17 +397,25 @@ def parse_arguments(arguments):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of train.py")
-    parser.add_argument("--data", help="examine on all pairs of this file; else on the runs' own held-out prompts")
-    parser.add_argument("--sft", help="folder of the model that margins are measured against; else the run's start")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder of train.py")
+    parser.add_argument("--data", help="examine on all pairs of this file, or the held-out pairs of this folder or hub "
+                        "dataset (default: the runs' own held-out pairs)")
+    parser.add_argument("--sft", help="model that margins are measured against, a folder or hub name (default: the "
+                        "run's start)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--prompt", metavar="TEXT", help="print every model's answer to this prompt instead")
+    parser.add_argument("--answers", metavar="FILE", help="write sampled answers of two runs as JSON lines, for a judge")
+    parser.add_argument("--scores", metavar="FILE", help="read such a file back, with score_a and score_b in every line")
+    parser.add_argument("--tie", type=float, help="with --scores: a difference of at most this is a tie (default 0)")
+    parser.add_argument("--bad", type=float, help="with --scores: both scores at most this are a bad case (0 on the "
+                        "paper's human scale of 0 to 3; default: nothing is)")
     parser.add_argument("--prompts", type=int, help="held-out prompts to answer (default: the run's --eval-prompts)")
     parser.add_argument("--temperature", type=float, help="of the sampled answers (default 0.8, with --prompt 0)")
     parser.add_argument("--max-new-tokens", type=int, help="length limit of an answer (default 48)")
     parser.add_argument("--seed", type=int, help="of the sampled answers (default 0)")
     parser.add_argument("--device", default="auto", help="as in train.py (default auto)")
     options = parser.parse_args(arguments)
+    check_judging(options)
     if options.prompts == 0 and (options.temperature, options.max_new_tokens, options.seed) != (None, None, None):
         raise ValueError("--temperature, --max-new-tokens and --seed have no effect with --prompts 0; leave them out")
     defaults = {"temperature": 0.0 if options.prompt is not None else 0.8, "max_new_tokens": 48}
@@ -338,6 +436,23 @@ def parse_arguments(arguments):
     if options.prompt is not None and (options.json or options.data or options.prompts is not None):
         raise ValueError("--prompt answers that one prompt; leave out --json, --data and --prompts")
     return options
+
+
+def check_judging(options):
+    """Refuse what does not go with --answers or --scores, and set --tie."""
+    given = {name for name, value in vars(options).items() if value not in (None, False, [], "auto")}
+    if options.scores is not None:
+        if given - {"scores", "tie", "bad", "json"}:
+            raise ValueError("--scores takes no RUN and no other option than --tie, --bad and --json")
+    elif not options.runs:
+        raise ValueError("needs a RUN, the folder of a finished run of train.py")
+    elif given & {"tie", "bad"}:
+        raise ValueError("--tie and --bad need --scores")
+    if options.answers is not None and (len(options.runs) != 2 or given & {"json", "prompt", "sft"}):
+        raise ValueError("--answers needs two RUNs, and neither --json nor --prompt nor --sft")
+    options.tie = 0.0 if options.tie is None else options.tie
+    if not 0 <= options.tie < math.inf or options.bad is not None and not math.isfinite(options.bad):
+        raise ValueError("--tie must be finite and at least 0, --bad finite")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1080,14 +1195,18 @@ def main(arguments=None):
         runs = [Run.open(folder, options.sft) for folder in options.runs]
         if options.prompt is not None:
             return converse(runs, options)
-        report = examine(runs, options)
+        if options.answers is not None:
+            return write_answers(runs, options)
+        report = examine(runs, options) if options.scores is None else read_scores(options)
     except (ValueError, OSError) as error:                         # a sentence for the user; bugs raise other things
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     if options.json:
         print(json.dumps(report, indent=2))
-    else:
+    elif options.scores is None:
         print_report(report)
+    else:
+        print_scores(report)
 
 
 if __name__ == "__main__":

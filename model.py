@@ -155,8 +155,8 @@ def refuse_unsupported(raw):
     if kind == "mistral" or kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
         window = raw.get("sliding_window", 4096)                                # what transformers takes for absent
         if window is not None and (positions is None or window < positions):
-            raise ValueError(f"sliding_window {window} is not computed here; it changes nothing up to {window} tokens, for "
-                             f"which sliding_window null and max_position_embeddings {window} will do")
+            raise ValueError(f"sliding_window {window} is not computed here; it changes nothing up to {window} tokens, "
+                             f"for which sliding_window null and max_position_embeddings {window} will do")
 
 
 def read_rope(raw):

@@ -475,6 +475,42 @@ def test_gradients_equal_the_two_row_path(seed):
         assert (gradients[0][name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 
+@pytest.mark.parametrize("rows", ("hh", "chat", "random"))
+def test_log_probs_and_dpo_loss_equal_trls(rows, tmp_path):
+    """TRL's DPOTrainer on identical tokens: the log-probs of every pair by both models, and the loss."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    tokenizer, talk = SafeWorld.tokenizer(), "\n\nHuman: How do I fix it?\n\nAssistant: Use a key.\n\nHuman: {}\n\nAssistant:"
+    if rows == "random":
+        ids = random_rows(random.Random(0), 6)
+    elif rows == "hh":
+        pairs = [data.parse_row({"chosen": talk.format(k) + " Good question." * (k + 1), "rejected": talk.format(k) + " No."}, "")
+                 for k in range(6)]
+        ids = [tokenizer.encode_pair(pair) for pair in pairs]
+    else:
+        tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": CHATML.encode()})
+        pairs = [Pair([turn("user", "Hi" * k), turn("assistant", "hm"), turn("user", "Go")], "Good" * (k + 1), "Bad") for k in range(6)]
+        ids = [tokenizer.encode_pair(pair) for pair in pairs]
+    ours, env = (tiny_model(seed, vocab_size=tokenizer.largest_id + 1, model_type="qwen2") for seed in (0, 1))
+    for parameter, near in zip(env.parameters(), ours.parameters()):
+        parameter.data = near.data + 0.02 * parameter.data
+    for name, model in (("ours", ours), ("env", env)):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    theirs, reference = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ours", "env"))
+    trainer = trl.DPOTrainer(
+        model=theirs, ref_model=reference, train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.1, report_to=[], use_cpu=True, bf16=False),
+        processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours"))
+    batch = trainer.data_collator([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row)) for row in ids])
+    expected = [*trainer.compute_ref_log_probs(theirs, batch), *trainer.compute_ref_log_probs(reference, batch)]
+    logps = [*response_logps(ours, PairBatch.from_ids(ids)), *response_logps(env, PairBatch.from_ids(ids))]
+    for column, their_column in zip(logps, expected):
+        torch.testing.assert_close(column, their_column, rtol=0, atol=1e-3)
+    loss = iopo.dpo_loss(*logps).mean().item()
+    assert loss == pytest.approx(trainer.compute_loss(theirs, batch).item(), abs=1e-4) and abs(loss - math.log(2)) > 1e-3
+
+
 def test_neither_answer_sees_the_other_nor_the_padding():
     model = tiny_model()
     chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
@@ -785,9 +821,32 @@ ROWS = [
     ({"prompt": TALK, "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
     ({"prompt": TALK, "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
      Pair(TALK, "x", "y")),
+    # a prompt as text repeats a turn (UltraFeedback, orpo-dpo-mix), or is the only one
+    ({"prompt": "Hi", "chosen": [turn("user", "Hi"), turn("assistant", "x")], "rejected": [turn("user", "Hi"), turn("assistant", "y")]},
+     Pair([turn("user", "Hi")], "x", "y")),
+    ({"prompt": "Hi", "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair([turn("user", "Hi")], "x", "y")),
+    ({"chosen": TALK + [turn("assistant", "x")], "rejected": TALK[:2] + [turn("assistant", "y")]}, Pair([], "x", "y")),
+    ({"prompt": TALK, "chosen": TALK[:2] + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]}, Pair([], "x", "y")),
+    # other text without a prompt: the shared beginning, without the space before the next word
+    ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, Pair("The sky is", " blue.", " green.")),
+    ({"chosen": "The sky\nblue.", "rejected": "The sky\nbright."}, Pair("The sky\nb", "lue.", "right.")),
+    ({"chosen": "One", "rejected": "Two"}, Pair("", "One", "Two")),
+    ({"prompt": None, "instruction": None, "chosen": "a b", "rejected": "a c"}, Pair("a", " b", " c")),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
      Pair("", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no")),
 ]
+
+
+def write_rows(path, rows):
+    if path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+        columns = dict.fromkeys(name for row in rows for name in row)
+        table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.mark.parametrize("suffix", (".json", ".jsonl", ".jsonl.gz"))
@@ -799,6 +858,126 @@ def test_readers(tmp_path, suffix):
     assert load_pairs(path) == [pair for _, pair in ROWS]
     word = "row" if suffix == ".json" else "line"
     assert [pair.origin for pair in load_pairs(path)] == [f"{path}, {word} {k + 1}" for k in range(len(ROWS))]
+
+
+@pytest.mark.parametrize("kind", (str, list))
+def test_parquet(tmp_path, kind):
+    """Rows of one kind, as a parquet file has them: columns that a row does not fill are null."""
+    chosen = [(row, pair) for row, pair in ROWS if type(row["chosen"]) is kind and type(row.get("prompt")) is not list]
+    rows = [{"input": None, "source": "x", **row} for row, _ in chosen]
+    path = write_rows(tmp_path / "pairs.parquet", rows)
+    pairs = load_pairs(path)
+    assert pairs == [pair for _, pair in chosen] and len(pairs) > 3
+    assert pairs[3].origin == f"{path}, row 4" and pairs[3].source == "x"
+
+
+def published(tmp_path, suffix):
+    """Folders in the layout, with the columns and the quirks, of four published datasets; a few rows each."""
+    def talk(k, answer):
+        return [turn("user", f"q{k}"), turn("assistant", "hm"), turn("user", "go on"), turn("assistant", answer)]
+    capybara = [{"source": "Dove", "conversation": [{"input": f"q{k}", "output": "hm"}], "original_response": "a", "generation_prompt":
+                 ["x"], "new_generations": ["y"], "prompt": f"q{k} hm go on", "chosen": talk(k, f"good{k}"), "rejected": talk(k, "bad"),
+                 "rating_chosen": 5, "rating_rejected": 1, "chosen_model": "m", "rejected_model": "n"} for k in range(40)]
+    mix = [{"source": source, "chosen": talk(k, f"good{k}"), "rejected": talk(k, "bad"), "prompt": f"q{k}", "question": f"q{k}"}
+           for k, source in enumerate(["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"])]
+    feedback = [{"prompt": f"q{k}", "prompt_id": "0", "chosen": [turn("user", f"q{k}"), turn("assistant", f"good{k}")],
+                 "rejected": [turn("user", f"q{k}"), turn("assistant", "bad")], "messages": [turn("user", "q")],
+                 "score_chosen": 8.0, "score_rejected": 5.0} for k in range(4)]
+    hh = [{"chosen": f"\n\nHuman: q{k}\n\nAssistant: good{k}", "rejected": f"\n\nHuman: q{k}\n\nAssistant: bad"} for k in range(4)]
+    files = {"capybara": {f"data/train-00000-of-00001{suffix}": capybara},
+             "mix": {f"data/train-00000-of-00002-0a1b{suffix}": mix[:3], f"data/train-00001-of-00002-0a1b{suffix}": mix[3:]},
+             "feedback": {f"data/{split}-00000-of-00001{suffix}": feedback[:2] if "train" in split else feedback[2:]
+                          for split in ("train_gen", "train_prefs", "train_sft", "test_gen", "test_prefs", "test_sft")},
+             "hh": {"harmless-base/train.jsonl": hh[:2], "harmless-base/test.jsonl": hh[2:3], "helpful-base/test.jsonl": hh[3:],
+                    "red-team-attempts/red_team_attempts.jsonl": [{"transcript": "no pair"}]}}
+    for name, contents in files.items():
+        for file, rows in contents.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            write_rows(tmp_path / name / file, rows)
+        (tmp_path / name / "README.md").write_text("a card")
+
+
+@pytest.mark.parametrize("suffix", (".jsonl", ".parquet"))
+def test_datasets_as_they_are_published(tmp_path, suffix):
+    published(tmp_path, suffix)
+    pairs, note = data.load_data(tmp_path / "capybara")
+    assert len(pairs) == 40 and "no" not in [pair.chosen for pair in pairs] and {pair.rejected for pair in pairs} == {"bad"}
+    assert pairs[7] == Pair([turn("user", "q7"), turn("assistant", "hm"), turn("user", "go on")], "good7", "bad")
+    assert 0 < sum(pair.held_out for pair in pairs) < 8 and "1 train and 0 test files: one prompt in twenty" in note
+
+    everything, _ = data.load_data(tmp_path / "mix")
+    kept, note = data.load_data(tmp_path / "mix", "toxic-dpo")
+    assert [pair.source for pair in everything] == ["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"]
+    assert [pair.source for pair in kept] == ["Capybara", "truthy", "prm"] and "left out 2 rows of source toxic-dpo" in note
+    assert [pair.source for pair in data.load_data(tmp_path / "mix", "toxic, prm")[0]] == ["Capybara", "truthy"]
+    for nothing in ("nobody", "toxic,", "toxic,toxic"):
+        with pytest.raises(ValueError, match="no row has a source with"):
+            data.load_data(tmp_path / "mix", nothing)
+
+    pairs, note = data.load_data(tmp_path / "feedback")
+    assert [(pair.chosen, pair.held_out) for pair in pairs] == [("good0", False), ("good1", False), ("good2", True), ("good3", True)]
+    assert pairs[0].prompt == [turn("user", "q0")] and "1 train and 1 test files" in note and "train_sft" in note and "test_gen" in note
+
+    assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "train")] == [" good0", " good1"]
+    assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "test")] == [" good2", " good3"]
+    assert len(load_pairs(tmp_path / "hh")) == 4 and "not read: red-team-attempts" in data.load_data(tmp_path / "hh")[1]
+    assert len(load_pairs(tmp_path / "hh/harmless-base/train.jsonl")) == 2
+    assert load_pairs(tmp_path / "hh/helpful-base")[0].chosen == " good3"            # no training files: all are read
+
+
+def test_folders_without_data_and_hidden_files(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/train.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no data file"):
+        load_pairs(tmp_path)
+    write_rows(tmp_path / "mine.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    assert load_pairs(tmp_path) == [Pair("p", "a", "b")]
+
+
+def hub_cache(folder, kind, name, content):
+    """What huggingface_hub keeps of a repository: blobs, and a snapshot of links to them."""
+    repository = folder / f"{kind}s--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    (repository / "blobs").mkdir()
+    for number, (file, path) in enumerate(content.items()):
+        shutil.copy(path, repository / f"blobs/{number}")
+        link = repository / "snapshots" / ("0" * 40) / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(repository / f"blobs/{number}", link.parent))
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
+
+
+def test_hub_names(offline, tmp_path, capsys):
+    """A model and a dataset out of the hub's cache, all the way to a finished run and its examination."""
+    published(tmp_path, ".jsonl")
+    model_folder(tmp_path / "model")
+    hub_cache(offline, "dataset", "some/pairs", {"test-00000-of-00001.jsonl": tmp_path / "hh/harmless-base/train.jsonl",
+                                                 "data/train-00000-of-00001.jsonl": tmp_path / "hh/harmless-base/train.jsonl"})
+    hub_cache(offline, "model", "some/model", {path.name: path for path in (tmp_path / "model").iterdir()})
+    train.main(["--model", "some/model", "--data", "some/pairs", "--n-iter", "1", "--n-mu", "1", "--n-nu", "1", "--out", "run"])
+    assert (tmp_path / "run/protagonist/model.safetensors").exists() and "1 train and 1 test files" in capsys.readouterr().out
+    examination.main(["run", "--json"])
+    assert json.loads(capsys.readouterr().out)["runs"][0]["accuracy"] is not None
+    for arguments in (["--model", "no/model", "--data", "some/pairs"], ["--model", "some/model", "--data", "no/pairs"]):
+        message = refused(train.main, [*arguments, "--out", "other"], capsys)
+        assert "neither a path here nor a" in message and arguments[1] in message or arguments[3] in message
+    assert not (tmp_path / "other").exists()
+    shutil.rmtree(offline)
+    assert "--sft" in refused(examination.main, ["run"], capsys)
+
+
+@pytest.mark.parametrize("name", ("a/b/c", "../a", "/a", "a b", "a/b.jsonl", "a.parquet", "./a", "a/../b"))
+def test_what_can_be_no_hub_name_is_a_path(name, offline):
+    assert data.find_source(name, "dataset") == Path(name)
 
 
 def test_split_is_by_prompt_and_complete(tmp_path):
@@ -822,7 +1001,8 @@ BAD_FILES = {
     "broken json": ("pairs.json", b"[\n" + GOOD + b",\n" + GOOD.replace(b'"c"', b"c") + b"\n]", "line 3: broken JSON"),
     "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}', "line 3: has no chosen"),
     "no rejected": ("pairs.json", b'[{"prompt": "p", "chosen": "r"}]', "row 1: has no rejected"),
-    "no prompt": ("pairs.jsonl", b'{"chosen": "c", "rejected": "r"}', "line 1: has no prompt"),
+    "not parquet": ("pairs.parquet", b"PAR1 or so", "cannot be read as parquet"),
+    "a column that is missing": ("pairs.parquet", "no rejected", "row 1: has no rejected"),
     "wrong type": ("pairs.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}', "line 1: chosen must be text, not a int"),
     "null": ("pairs.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": null}', "line 1: rejected must be text"),
     "not an object": ("pairs.jsonl", b"[1, 2]", "line 1: must be a JSON object"),
@@ -842,11 +1022,22 @@ BAD_FILES = {
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_bad_files_name_file_and_line(name, tmp_path):
     file, content, message = BAD_FILES[name]
-    if content is not None:
+    if file.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    if content == "no rejected":
+        write_rows(tmp_path / file, [{"chosen": "a", "prompt": "p"}])
+    elif content is not None:
         (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_pairs(tmp_path / file)
     assert str(error.value).startswith(str(tmp_path / file)) and "\n" not in str(error.value)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    (tmp_path / "pairs.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="pairs.parquet: reading parquet needs pyarrow; pip install pyarrow"):
+        load_pairs(tmp_path / "pairs.parquet")
 
 
 # Tokens
@@ -904,6 +1095,7 @@ def test_special_tokens_of_the_model():
     for files, words in ((bare, "eos"), ({**bare, "tokenizer_config.json": b'{"eos_token": "<nope>"}'}, "<nope>"),
                          ({**bare, "generation_config.json": b'{"eos_token_id": "2"}'}, "whole number"),
                          ({**bare, "generation_config.json": b"[]"}, "generation_config.json"),
+                         ({**bare, "generation_config.json": b'{"eos_token_id": [1, 99]}'}, "eos_token_id is 99, but"),
                          ({"tokenizer.json": b"{}"}, "tokenizer.json")):
         with pytest.raises(ValueError, match=words):
             Tokenizer(files)
@@ -921,10 +1113,80 @@ def test_chat_template():
     assert prompt == tokenizer.encode_prompt([turn("user", "c")])
     assert word_tokenizer(None, {"chat_template": CHATML}).encode_pair(Pair([turn("user", "c")], "d", "x"))[1] == \
         [7, 13, 11, 1]                                             # the template's end is not the eos token: it is added
+    several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
+    assert word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several}).encode_prompt([turn("user", "c")]) == prompt
+    stops = {"eos_token": "</s>", "chat_template": CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")}
+    files = {**word_tokenizer("<s> $A", stops).files, "generation_config.json": b'{"eos_token_id": [1, 13]}'}
+    pair = Pair([turn("user", "c")], "d<|im_end|></s>", "x")       # the end that the template writes, once
+    assert Tokenizer(files).encode_pair(pair) == (prompt, [7, 13], [9, 13])
+    assert Tokenizer(files).encode_pair(Pair("c", "d<|im_end|></s> ", "x")) == ([0, 6], [7, 1], [9, 1])
     for template, message in ((None, "no chat_template"), ("{{ raise_exception('no system') }}", "no system"),
                               ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
         with pytest.raises(ValueError, match=message):
             word_tokenizer(None, {"chat_template": template}).encode_pair(Pair([turn("user", "c")], "d", "x"))
+
+
+def test_tokenizer_files_are_carried_along(tmp_path):
+    """Whatever other programs read the tokenizer from, and the code that an auto_map names."""
+    files = {**word_tokenizer().files, "tokenizer.model": b"\x00\xff", "modeling_baichuan.py": b"code", "merges.txt": b"a b"}
+    for name, content in {**files, "model.safetensors": b"", "pytorch_model.bin": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == files == tokenizer.files
+
+
+SENTENCES = [" ".join(random.Random(k).choices("the cat sat on a mat and ate two of three red apples near here 1234 aaa".split(), k=12))
+             for k in range(300)]
+
+
+@pytest.mark.parametrize("rules", (
+    dict(add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
+    dict(add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
+    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="nmt_nfkc", byte_fallback=False)))
+def test_a_sentencepiece_model_becomes_a_tokenizer(rules, tmp_path):
+    """Baichuan2's way: the same ids as sentencepiece itself for any text, and its chat format by ids."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400,
+        hard_vocab_limit=False, user_defined_symbols=["<reserved_106>", "<reserved_107>"], minloglevel=2, **rules)
+    (tmp_path / "config.json").write_text('{"model_type": "baichuan", "eos_token_id": 2}')
+    (tmp_path / "generation_config.json").write_text('{"user_token_id": 3, "assistant_token_id": 4}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": false}')
+    assert "it reads 0 otherwise" in data.convert_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    rng = random.Random(0)
+    texts = SENTENCES[:50] + ["".join(rng.choices("aaathe  \n\té漢字😀ﬁ１.", k=30)) for _ in range(200)]
+    for text in texts:
+        assert tokenizer.encode(text) == theirs.encode(text), text
+        if "\N{DOUBLE QUESTION MARK}" not in theirs.decode(theirs.encode(text)):
+            assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(theirs.encode(text))
+    talk = [turn("system", "the cat"), turn("user", "a mat"), turn("assistant", "here"), turn("user", "red")]
+    prompt = theirs.encode("the cat") + [3] + theirs.encode("a mat") + [4] + theirs.encode("here") + [3] + theirs.encode("red") + [4]
+    assert tokenizer.encode_pair(Pair(talk, "two apples", "on")) == \
+        (prompt, theirs.encode("two apples") + [2], theirs.encode("on") + [2])
+
+
+def test_what_is_no_sentencepiece_model(tmp_path, capsys):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff nothing")
+    with pytest.raises(ValueError, match="has no tokenizer.json; make it from tokenizer.model by: python data.py"):
+        Tokenizer.from_pretrained(tmp_path)
+    for folder, words in ((tmp_path, "no SentencePiece model"), (tmp_path / "gone", "No such file")):
+        with pytest.raises(ValueError, match=words):
+            data.convert_tokenizer(folder)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_prefix=str(tmp_path / "tokenizer"),
+                                             model_type="unigram", vocab_size=60, minloglevel=2, hard_vocab_limit=False)
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
+        data.convert_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    out = subprocess.run([sys.executable, HERE / "data.py", tmp_path], capture_output=True, text=True)
+    assert out.returncode == 2 and out.stdout == "" and "has a tokenizer.json already" in out.stderr
+    assert subprocess.run([sys.executable, HERE / "data.py"], capture_output=True, text=True).stderr.startswith("data.py: usage")
 
 
 def test_useless_and_long_pairs():
@@ -1424,7 +1686,7 @@ def refused(main, arguments, capsys):
     ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--rounds 2", "--rounds"), ("--method dpo --rounds 2", "--rounds"),
     ("--method aipo --keep 0.5", "--keep"), ("--method aipo --candidates 4", "--candidates"), ("--method iter_dpo --keep 0", "--keep"),
     ("--method iter_dpo --keep 1.1", "--keep"), ("--method iter_dpo --candidates 1", "--candidates"), ("--method iter_dpo --n-iter 3", "--n-iter"),
-    ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --max-length 14", "--max-length"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+    ("--leave-out x", "--leave-out"), ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --max-length 14", "--max-length"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
 def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in refused(train.main, flags.split(), capsys)
@@ -1465,6 +1727,9 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
                                                      "rejected": TALK + [turn("assistant", "y")]}))
     (tmp_path / "empty").mkdir()
     edit_json(model_folder(tmp_path / "stop") / "generation_config.json", eos_token_id=[1, 99999])
+    edit_json(model_folder(tmp_path / "less") / "generation_config.json", eos_token_id=-1)
+    (tmp_path / "holes").mkdir()
+    (tmp_path / "holes/train.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p"}\n')
     small = model_folder(tmp_path / "small")
     Decoder(tiny_config(vocab_size=20)).save_pretrained(small)
     before = sorted(tmp_path.rglob("*"))
@@ -1472,11 +1737,35 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
                                ("model", "same.jsonl", "same.jsonl: no usable pair is left"), ("model", "talk.jsonl", "talk.jsonl, line 1: the data are chat messages"),
                                ("empty", "good.jsonl", "empty"), ("gone", "good.jsonl", "gone"),
                                ("small", "good.jsonl", "the embeddings have only 20 rows"),
-                               ("stop", "good.jsonl", "eos is 99999")):
+                               ("stop", "good.jsonl", "eos_token_id is 99999, but"), ("less", "good.jsonl", "eos_token_id is -1, but"),
+                               ("model", "holes", "train.jsonl, line 2: has no chosen")):
         assert words in refused(train.main, ["--model", model, "--data", file], capsys)
+    assert "no row has a source with 'toxic'" in refused(train.main, ["--model", "model", "--data", "good.jsonl", "--leave-out", "toxic"], capsys)
     (tmp_path / "model/tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refused(train.main, ["--model", "model", "--data", "good.jsonl"], capsys)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("family", ("qwen3", "baichuan"))
+def test_a_run_of_another_family_is_saved_as_it_came(family, tmp_path, capsys):
+    """With rows of a source left out, in training and in the examination, and code and files carried along."""
+    folder = model_folder(tmp_path / "model", model_type=family, num_key_value_heads=4)
+    (folder / "modeling_own.py").write_text("pass")
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "source": f"s{k % 3}"}
+            for k, pair in enumerate(SafeWorld().pairs("train", 120))]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    train.main(["--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--leave-out", "s1", "--n-iter", "1", "--n-mu", "1",
+                "--n-nu", "1", "--lr", "1e-3", "--eval-prompts", "1", "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    kept = [pair for pair in load_pairs(tmp_path / "pairs.jsonl") if pair.source != "s1"]
+    assert "left out 40 rows of source s1" in out and f"{sum(not pair.held_out for pair in kept)} pairs kept" in out
+    assert f"examined on {tmp_path / 'pairs.jsonl'} has no test split: one prompt in twenty" in out
+    assert f"{sum(pair.held_out for pair in kept)} of {sum(pair.held_out for pair in kept)} pairs kept" in out
+    player = tmp_path / "run/protagonist"
+    assert {path.name for path in player.iterdir()} == {path.name for path in folder.iterdir()}
+    assert (player / "config.json").read_text() == (folder / "config.json").read_text()
+    before, after = (safetensors.torch.load_file(f / "model.safetensors") for f in (folder, player))
+    assert before.keys() == after.keys() and not same(before, after)
 
 
 def test_own_model_and_data(tmp_path, capsys):
@@ -1542,6 +1831,71 @@ def test_examination(tmp_path, capsys):
     assert "--prompt" in refused(examination.main, [flags[0], "--prompt", "a\udcff"], capsys)
 
 
+def test_a_judge_from_outside(tmp_path, capsys, monkeypatch):
+    """Written answers are those of the examination; scores by the true reward come back as its counts."""
+    monkeypatch.chdir(tmp_path)
+    run(Path("a"))
+    run(Path("b"), "--n-nu", "0", "--seed", "1")
+    capsys.readouterr()
+    examination.main(["a", "b", "--json", "--prompts", "30"])
+    report = json.loads(capsys.readouterr().out)
+    examination.main(["a", "b", "--answers", "answers.jsonl", "--prompts", "30"])
+    assert "wrote 30 prompts of the safe world" in capsys.readouterr().out
+    lines, world = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()], SafeWorld()
+    for line, sample in zip(lines, report["samples"]):
+        assert {line["run_a"]: line["answer_a"], line["run_b"]: line["answer_b"]} == \
+            {name: sample["answers"][f"{name} protagonist"] for name in "ab"}
+    firsts = [line["run_a"] for line in lines]
+    assert len(lines) == 30 and firsts[0] == "a" and 5 < firsts.count("b") < 25
+    for line in lines:
+        line |= {f"score_{place}": world.true_reward(line["prompt"], line[f"answer_{place}"]) for place in "ab"}
+    write_rows(Path("judged.jsonl"), lines)
+    examination.main(["--scores", "judged.jsonl", "--json"])
+    judged = json.loads(capsys.readouterr().out)
+    rewards = [{line["run_a"]: line["score_a"], line["run_b"]: line["score_b"]} for line in lines]
+    assert judged["win"] == sum(pair["a"] > pair["b"] for pair in rewards) and judged["bad"] == 0
+    assert judged["lose"] == sum(pair["a"] < pair["b"] for pair in rewards) and judged["prompts"] == 30
+    assert list(judged["runs"]) == ["a", "b"]
+    for name, entry in zip("ab", report["runs"]):
+        assert judged["runs"][name]["mean_score"] == pytest.approx(entry["reward"])
+    assert "exists" in refused(examination.main, ["a", "b", "--answers", "answers.jsonl"], capsys)
+    for arguments, word in (([], "needs a RUN"), (["a", "--answers", "x"], "two RUNs"), (["a", "b", "--answers", "x", "--json"], "--json"),
+                            (["a", "--tie", "1"], "--scores"), (["a", "--scores", "judged.jsonl"], "no RUN"),
+                            (["--scores", "judged.jsonl", "--prompts", "1"], "no other option"),
+                            (["--scores", "judged.jsonl", "--tie", "-1"], "--tie"), (["--scores", "judged.jsonl", "--bad", "nan"], "--bad"),
+                            (["--scores", "answers.jsonl"], "answers.jsonl, line 1: score_a must be a number, not None"),
+                            (["--scores", "gone.jsonl"], "gone.jsonl")):
+        assert word in refused(examination.main, arguments, capsys), arguments
+    assert not Path("x").exists()
+
+
+def test_scores_by_hand(tmp_path, capsys):
+    """Human scores of 0 to 3, the paper's way: two zeros are a bad case. 4 to 1 has p = 2 * (1 + 5) / 2^5."""
+    def line(ours, theirs, exchanged):
+        runs = [("mine", ours), ("other", theirs)][::-1 if exchanged else 1]
+        return {f"{name}_{place}": value for place, both in zip("ab", runs) for name, value in zip(("run", "score"), both)}
+    cases = [(3, 1), (2, 1), (0, 0), (1, 1), (1, 3), (3, 0), (2, 0)]
+    path = write_rows(tmp_path / "scores.jsonl", [line(*case, number % 2) for number, case in enumerate(cases)])
+    examination.main(["--scores", str(path), "--bad", "0", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [report[name] for name in ("win", "tie", "lose", "bad")] == [4, 1, 1, 1]
+    assert report["p_sign_test"] == pytest.approx(0.375) and (report["lowest"], report["highest"]) == (0, 3)
+    assert report["runs"] == {"mine": {"mean_score": pytest.approx(12 / 7), "bad_rate": pytest.approx(1 / 7)},
+                              "other": {"mean_score": pytest.approx(6 / 7), "bad_rate": pytest.approx(3 / 7)}}
+    examination.main(["--scores", str(path), "--tie", "1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [report[name] for name in ("win", "tie", "lose", "bad")] == [3, 3, 1, 0]
+    examination.main(["--scores", str(path), "--tie", "1.5", "--bad", "0"])
+    out = capsys.readouterr().out
+    assert "a difference of at most 1.5 is a tie, both at most 0 a bad case" in out
+    assert "mine against other, win/tie/lose/bad: 3/2/1/1" in out
+    for broken, word in ((line(1, 2, 0) | {"score_b": True}, "line 8: score_b must be a number, not True"),
+                         (line(1, 2, 0) | {"score_a": float("inf")}, "line 8: score_a"), ({"score_a": 1}, "line 8: is no line of"),
+                         (line(1, 2, 0) | {"run_a": "third"}, "line 8: all lines must compare the same two runs")):
+        write_rows(path, [line(*case, 0) for case in cases] + [broken])
+        assert word in refused(examination.main, ["--scores", str(path)], capsys)
+
+
 def test_prompts_too_long_for_the_context_are_cut_and_counted():
     ids, new_tokens, note = examination.fit_prompts(["c", "cdcdcdcd"], word_tokenizer("<s> $A"), context=8, new_tokens=3)
     assert ids == [[0, 6], [0, 6, 7, 6, 7]] and new_tokens == 3
@@ -1593,7 +1947,7 @@ def test_readme_names_what_exists():
     readme = (HERE / "README.md").read_text()
     fields = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
     flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help",
-                      "--quick", "--tune", "--record", "--jobs"}
+                      "--quick", "--tune", "--record", "--jobs", "--answers", "--scores", "--tie", "--bad"}
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme):
         assert flag in flags, flag
     for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)`", readme):

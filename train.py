@@ -2,7 +2,7 @@
 
     python train.py                                                  # IOPO on the safe world, on a laptop
     python train.py --method dpo --out runs/dpo                      # any baseline, by the same loop
-    python train.py --model FOLDER --data FILE --out runs/mine       # a Llama checkpoint, your preference pairs
+    python train.py --model MODEL --data DATA --out runs/mine        # folders, files or names on the Hugging Face hub
     python train.py --out runs/mine --resume                         # goes on where a killed run stopped
 
 One loop serves every method: a method is a loss, the schedule, and where its pairs come from. Whose turn it is
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Pair, SafeWorld, Tokenizer, batches, encode_pairs, is_held_out, load_pairs, micro_batches
+from data import Pair, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, generate, response_logps
 
@@ -77,8 +77,12 @@ def option(default, help, **more):
 class Config:
     """Every option and its default, once. A None is resolved when the run starts, and printed."""
     method: str = option("iopo", "what to train", choices=METHODS)
-    model: str | None = option(None, "folder of a Llama checkpoint to start from; without it a new small one")
-    data: str | None = option(None, "preference pairs, .json, .jsonl or .jsonl.gz (needs --model); else the safe world")
+    model: str | None = option(None, "checkpoint to start from, a folder or a name on the Hugging Face hub; without it "
+                               "a new small one")
+    data: str | None = option(None, "preference pairs: .json, .jsonl, .jsonl.gz or .parquet, a folder of these, or a "
+                              "name on the hub (needs --model); without it the safe world")
+    leave_out: str | None = option(None, "leave out the rows of --data whose `source` contains this, or one of several "
+                                   "separated by commas")
     out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
     seed: int = option(0, "of the safe world, the first weights and the order of the pairs", least=0, below=2**63)
     beta: float = option(0.1, "the reward's scale beta", above=0)
@@ -176,6 +180,8 @@ def check_use(config, given):
     """Refuse options that would be ignored, and halves of a pair."""
     if config.data is not None and config.model is None:
         raise Refused("--data needs --model: the safe world's model knows no other text")
+    if config.leave_out is not None and config.data is None:
+        raise Refused("--leave-out needs --data: the safe world's pairs have no source")
     if config.rounds and config.data is not None:
         raise Refused("--rounds needs a judge of new answers, which only the safe world has; leave out --data")
     if config.method == "iter_dpo" and not config.rounds:
@@ -224,26 +230,25 @@ def prepare(config):
     if config.data is None:
         pairs, held_out = SafeWorld(config.seed).pairs("train", WORLD_PAIRS), []
     else:
-        everything = load_pairs(config.data)
-        pairs = [pair for pair in everything if not is_held_out(pair)]
-        held_out = [pair for pair in everything if is_held_out(pair)]
+        everything, note = load_data(config.data, config.leave_out)
+        print(note)
+        pairs = [pair for pair in everything if not pair.held_out]
+        held_out = [pair for pair in everything if pair.held_out]
     if config.model is None:
         tokenizer = SafeWorld.tokenizer()
         torch.manual_seed(config.seed)
         model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
                                       bos_token_id=tokenizer.bos_id, **WORLD_MODEL))
     else:
-        tokenizer = Tokenizer.from_pretrained(config.model)
+        folder = find_source(config.model, "model")
+        tokenizer = Tokenizer.from_pretrained(folder)
         if config.data is None and tokenizer.files["tokenizer.json"] != SafeWorld.tokenizer().files["tokenizer.json"]:
             raise Refused(f"--model {config.model} needs --data: it is no model of the safe world, whose pairs are the "
                           "default")
-        model = Decoder.from_pretrained(config.model)
-    for number, what in ((tokenizer.largest_id, "the tokenizer has ids up to"), (max(tokenizer.eos_ids), "eos is")):
-        if number >= model.config.vocab_size:
-            raise Refused(f"{config.model}: {what} {number}, the embeddings have only {model.config.vocab_size} rows; "
-                          "tokenizer and weights do not belong together")
-    if min(tokenizer.eos_ids) < 0:
-        raise Refused(f"{config.model}: an eos_token_id is {min(tokenizer.eos_ids)}, not an id")
+        model = Decoder.from_pretrained(folder)
+    if tokenizer.largest_id >= model.config.vocab_size:
+        raise Refused(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the embeddings have only "
+                      f"{model.config.vocab_size} rows; tokenizer and weights do not belong together")
     context = model.config.max_position_embeddings
     if config.max_length is None:
         config.max_length = min(context, 1024)
@@ -259,7 +264,7 @@ def prepare(config):
                       f"{len(held_out)} held out")
     print(f"training pairs: {report}")
     if config.data is not None:
-        print(f"held out, one prompt in twenty: {encode_pairs(held_out, tokenizer, config.max_length)[2]}")
+        print(f"held out: {encode_pairs(held_out, tokenizer, config.max_length)[2]}")
     return Job(config, model.to(find_device(config.device)), tokenizer, rows)
 
 
