@@ -357,7 +357,8 @@ def read_scores(options):
                 raise ValueError(f"{origin}: score_{place} must be a number, not {score!r}")
             scores.setdefault(row[f"run_{place}"], []).append(score)
         if len(scores) != 2 or row["run_a"] == row["run_b"]:
-            raise ValueError(f"{origin}: all lines must compare the same two runs, not {row['run_a']} and {row['run_b']}")
+            raise ValueError(f"{origin}: compares {row['run_a']} and {row['run_b']}, but all lines must compare the "
+                             "same two runs")
     if not scores:
         raise ValueError(f"{options.scores}: holds no rows")
     counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
@@ -366,23 +367,28 @@ def read_scores(options):
             counts["bad"] += 1
         else:
             counts["tie" if abs(ours - theirs) <= options.tie else "win" if ours > theirs else "lose"] += 1
-    decided = counts["win"] + counts["lose"]
-    tail = sum(math.comb(decided, k) for k in range(min(counts["win"], counts["lose"]) + 1)) / 2 ** decided
-    everything = sum(scores.values(), [])
-    return {"prompts": len(everything) // 2, "tie_at_most": options.tie, "bad_at_most": options.bad, "lowest": min(everything),
-            "highest": max(everything), **counts, "p_sign_test": min(1.0, 2 * tail),
-            "runs": {run: {"mean_score": mean(some), "bad_rate": None if options.bad is None
-                           else mean(score <= options.bad for score in some)} for run, some in scores.items()}}
+    runs = {run: {"mean_score": mean(some), "lowest": min(some), "highest": max(some),
+                  "bad_rate": None if options.bad is None else mean(score <= options.bad for score in some)}
+            for run, some in scores.items()}
+    return {"prompts": sum(counts.values()), "tie_at_most": options.tie, "bad_at_most": options.bad, **counts,
+            "p_sign_test": sign_test(counts["win"], counts["lose"]), "runs": runs}
+
+
+def sign_test(win, lose):
+    """Two-sided: how often a fair coin would be as one-sided."""
+    tail = sum(math.comb(win + lose, k) for k in range(min(win, lose) + 1)) / 2 ** (win + lose)
+    return min(1.0, 2 * tail)
 
 
 def print_scores(report):
-    bad = report["bad_at_most"]
-    print(f"{report['prompts']} prompts judged, scores from {report['lowest']:g} to {report['highest']:g}; a difference of "
-          f"at most {report['tie_at_most']:g} is a tie, {'nothing' if bad is None else f'both at most {bad:g}'} a bad case")
+    bad = "nothing" if report["bad_at_most"] is None else f"both at most {report['bad_at_most']:g}"
+    print(f"{report['prompts']} prompts judged; a difference of at most {report['tie_at_most']:g} is a tie, {bad} a bad "
+          "case")
     for run, numbers in report["runs"].items():
-        print(f"{run}: mean score {numbers['mean_score']:.3f}, bad {show(numbers['bad_rate'], 3)}")
-    print(f"{' against '.join(report['runs'])}, win/tie/lose/bad: {show_counts(report)}, two-sided sign test of win and "
-          f"lose: p = {report['p_sign_test']:.3f}")
+        print(f"{run}: mean score {numbers['mean_score']:.3f} (from {numbers['lowest']:g} to {numbers['highest']:g}), "
+              f"bad {show(numbers['bad_rate'], 3)}")
+    print(f"{' against '.join(report['runs'])}, win/tie/lose/bad: {show_counts(report)} (two-sided sign test of win "
+          f"and lose: p = {report['p_sign_test']:.3f})")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -404,8 +410,8 @@ def parse_arguments(arguments):
                         "run's start)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--prompt", metavar="TEXT", help="print every model's answer to this prompt instead")
-    parser.add_argument("--answers", metavar="FILE", help="write sampled answers of two runs as JSON lines, for a judge")
-    parser.add_argument("--scores", metavar="FILE", help="read such a file back, with score_a and score_b in every line")
+    parser.add_argument("--answers", metavar="FILE", help="write sampled answers of two RUNs as JSON lines")
+    parser.add_argument("--scores", metavar="FILE", help="read such a file, score_a and score_b in every line")
     parser.add_argument("--tie", type=float, help="with --scores: a difference of at most this is a tie (default 0)")
     parser.add_argument("--bad", type=float, help="with --scores: both scores at most this are a bad case (0 on the "
                         "paper's human scale of 0 to 3; default: nothing is)")
