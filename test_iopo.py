@@ -2,8 +2,9 @@
 
     pip install -r requirements.txt pytest && python -m pytest -q
 
-Where transformers is installed, logits and saved models are checked against it; where ../shared holds a real
-checkpoint and real preference data, the loop runs on them; otherwise those tests say that they were skipped.
+Where transformers, TRL, pyarrow and sentencepiece are installed (benchmarks/requirements.txt), this is checked against
+them; where ../shared holds a real checkpoint and real preference data, the loop runs on them; otherwise those tests say
+that they were skipped.
 """
 
 import concurrent.futures
@@ -1948,7 +1949,8 @@ def test_readme_names_what_exists():
     readme = (HERE / "README.md").read_text()
     fields = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
     flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help",
-                      "--quick", "--tune", "--record", "--jobs", "--answers", "--scores", "--tie", "--bad"}
+                      "--quick", "--tune", "--record", "--jobs", "--answers", "--scores", "--tie", "--bad",
+                      "--local-dir"}              # the last is the hub's own
     for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme):
         assert flag in flags, flag
     for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)`", readme):
