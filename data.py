@@ -95,10 +95,10 @@ def split_files(path):
 
 
 def split_words(name):
-    """The words of a file's name, or else of the folder it lies in, that say "train" or "test"."""
+    """The words of a file's name, or else of the folder it lies in, where one of them is "train" or "test"."""
     for part in reversed(name.parts):
         words = re.split("[^a-z]+", part.lower())
-        if "train" in words or "test" in words:
+        if ("train" in words) != ("test" in words):
             return words
     return []
 
@@ -146,7 +146,7 @@ def load_data(source, leave_out=None):
         raise ValueError(f"{source}: holds no rows; it needs at least one preference pair")
     if not held_out:
         note += ": one prompt in twenty, by a checksum of its text, is held out"
-    for name in leave_out.split(",") if leave_out else ():
+    for name in leave_out.split(",") if leave_out is not None else ():
         kept = [pair for pair in pairs if name.strip() not in pair.source]
         if not name.strip() or len(kept) == len(pairs):
             sources = sorted({pair.source for pair in pairs} - {""})
@@ -308,6 +308,8 @@ class Tokenizer:
     FILES = ("tokenizer.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json",
              "chat_template.jinja", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "*.py")
 
+    SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
     def __init__(self, files, model_eos=None):
         """`files` maps names like FILES to their content in bytes; those that are not read here (other spellings of the
         tokenizer, and code that config.json may name in its auto_map) are saved again like the others, as they came.
@@ -322,8 +324,9 @@ class Tokenizer:
         generation, special, config = (read_object(name, files.get(name, b"{}")) for name in (
             "generation_config.json", "special_tokens_map.json", "tokenizer_config.json"))
         tokens = special | {name: value for name, value in config.items() if value is not None}
-        self.bos, self.bos_id = self.special_token(tokens.get("bos_token"))
-        _, eos_id = self.special_token(tokens.get("eos_token"))
+        special = {name: self.special_token(tokens.get(name)) for name in self.SPECIAL}
+        self.special = {name: text for name, (text, _) in special.items() if text is not None}      # for templates
+        self.bos_id, eos_id = special["bos_token"][1], special["eos_token"][1]
         stops = generation.get("eos_token_id")
         stops = model_eos if stops is None else stops
         stops = [eos_id, *(stops if isinstance(stops, list) else [stops])]
@@ -439,6 +442,11 @@ class Tokenizer:
         answer, eos_id = self.without_eos(whole[len(start):])
         return self.encode(start + answer, rendered=True) + [eos_id]
 
+    def template_ends_answers(self, pair):
+        """Does the chat template write one of the eos tokens after an answer?"""
+        whole = self.render([*pair.prompt, {"role": "assistant", "content": "a"}], add_generation_prompt=False).rstrip()
+        return whole.endswith(tuple(self.eos_texts.values()))
+
     def without_eos(self, answer):
         """(answer without the eos tokens that end it and the space after them, the id of the first of these)."""
         eos_id = self.eos_id
@@ -461,9 +469,10 @@ class Tokenizer:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                                    extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = raise_exception
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
             return environment.from_string(self.chat_template).render(
-                messages=prompt, add_generation_prompt=add_generation_prompt, bos_token=self.bos, eos_token=self.eos)
+                messages=prompt, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special)
         except Exception as error:                                           # a template can raise anything
             raise ValueError(f"the chat template refused a dialogue ({error})") from None
 
@@ -504,6 +513,9 @@ def encode_pairs(pairs, tokenizer, max_length):
     counts = ", ".join(f"{count} {reason}" for reason, count in Counter(reason for reason, _ in dropped).most_common())
     report = f"{len(rows)} of {len(pairs)} pairs kept ({cut} with the left side of the prompt cut to fit " \
              f"{max_length} tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
+    chat = next((pair for pair in kept if not isinstance(pair.prompt, str)), None)
+    if chat is not None and not tokenizer.template_ends_answers(chat):
+        report += f"\n  the chat template ends answers in no eos token of the model, so {tokenizer.eos} is put after its end"
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: {pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"
     return rows, kept, report

@@ -387,7 +387,9 @@ class Decoder(nn.Module):
         index, single = {}, len(shards) == 1
         for number, names in enumerate(shards, start=1):
             path = folder / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            tensors = {name: torch.cat([weights[part] for part in table[name]]).cpu() for name in names}
+            tensors = {name: torch.cat([weights[part] for part in table[name]]) if len(table[name]) > 1 else weights[name]
+                       for name in names}
+            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
             save_file(tensors, f"{path}.partial", metadata={"format": "pt"})
             Path(f"{path}.partial").replace(path)
             index |= dict.fromkeys(names, path.name)

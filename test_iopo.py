@@ -911,7 +911,7 @@ def test_datasets_as_they_are_published(tmp_path, suffix):
     assert [pair.source for pair in everything] == ["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"]
     assert [pair.source for pair in kept] == ["Capybara", "truthy", "prm"] and "left out 2 rows of source toxic-dpo" in note
     assert [pair.source for pair in data.load_data(tmp_path / "mix", "toxic, prm")[0]] == ["Capybara", "truthy"]
-    for nothing in ("nobody", "toxic,", "toxic,toxic"):
+    for nothing in ("nobody", "toxic,", "toxic,toxic", ""):
         with pytest.raises(ValueError, match="no row has a source with"):
             data.load_data(tmp_path / "mix", nothing)
 
@@ -924,6 +924,9 @@ def test_datasets_as_they_are_published(tmp_path, suffix):
     assert len(load_pairs(tmp_path / "hh")) == 4 and "not read: red-team-attempts" in data.load_data(tmp_path / "hh")[1]
     assert len(load_pairs(tmp_path / "hh/harmless-base/train.jsonl")) == 2
     assert load_pairs(tmp_path / "hh/helpful-base")[0].chosen == " good3"            # no training files: all are read
+    shutil.copytree(tmp_path / "hh/harmless-base", tmp_path / "hh/train/test")         # the innermost name counts
+    (tmp_path / "hh/train/train-and-test.jsonl").write_text(json.dumps({"chosen": "a b", "rejected": "a c"}))
+    assert len(load_pairs(tmp_path / "hh", "train")) == 5 and len(load_pairs(tmp_path / "hh", "test")) == 3
 
 
 def test_folders_without_data_and_hidden_files(tmp_path):
@@ -1114,6 +1117,10 @@ def test_chat_template():
     assert prompt == tokenizer.encode_prompt([turn("user", "c")])
     assert word_tokenizer(None, {"chat_template": CHATML}).encode_pair(Pair([turn("user", "c")], "d", "x"))[1] == \
         [7, 13, 11, 1]                                             # the template's end is not the eos token: it is added
+    for eos, said in (("</s>", True), ("<|im_end|>", False)):      # and the report says so
+        chatty = word_tokenizer(None, {"eos_token": eos, "chat_template": CHATML})
+        report = encode_pairs([Pair([turn("user", "c")], "d", "x")], chatty, 20)[2]
+        assert ("ends answers in no eos token of the model, so </s> is put after its end" in report) == said
     several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
     assert word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several}).encode_prompt([turn("user", "c")]) == prompt
     stops = {"eos_token": "</s>", "chat_template": CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")}
@@ -1125,6 +1132,33 @@ def test_chat_template():
                               ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
         with pytest.raises(ValueError, match=message):
             word_tokenizer(None, {"chat_template": template}).encode_pair(Pair([turn("user", "c")], "d", "x"))
+
+
+TEMPLATES = {                                                      # in the manner of the families, and with what they use
+    "chatml": CHATML,
+    "llama 3": "{{ bos_token }}{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +"
+               " m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    "mistral": "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+               "{%- else %}{% set turns = messages %}{% endif %}{{ bos_token }}{%- for m in turns %}{% if m.role == 'user' %}x"
+               "{% if system is defined and loop.first %}{{ system }}{% endif %}{{ m.content }}y{% else %}{{ m.content + eos_token }}"
+               "{% endif %}{%- endfor %}",
+    "odd": "{%- set ns = namespace(n=0) %}{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ pad_token }}{{ ns.n }}"
+           "{% if documents %}c{% endif %}<|im_end|>{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
+           "{% if add_generation_prompt %}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_templates_render_as_in_transformers(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = Tokenizer({**SafeWorld.tokenizer().files, "chat_template.jinja": TEMPLATES[name].encode(),
+                           "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}).encode()})
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for talk in ([turn("user", " Fix <b>my</b> \"boat\" & é\n")], TALK, TALK[1:]):
+        assert tokenizer.encode_prompt(talk) == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        assert tokenizer.render(talk, False) == theirs.apply_chat_template(talk, tokenize=False)
 
 
 def test_tokenizer_files_are_carried_along(tmp_path):
@@ -1767,6 +1801,28 @@ def test_a_run_of_another_family_is_saved_as_it_came(family, tmp_path, capsys):
     assert (player / "config.json").read_text() == (folder / "config.json").read_text()
     before, after = (safetensors.torch.load_file(f / "model.safetensors") for f in (folder, player))
     assert before.keys() == after.keys() and not same(before, after)
+
+
+def test_a_finished_run_loads_in_transformers(tmp_path):
+    """Chat data, a model in shards of its own dtype: the same logits, the same tokens of a chat."""
+    transformers = pytest.importorskip("transformers")
+    folder = model_folder(tmp_path / "model", model_type="qwen2", tie_word_embeddings=True)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    Decoder.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
+    rows = [{"chosen": [turn("user", pair.prompt), turn("assistant", pair.chosen)],
+             "rejected": [turn("user", pair.prompt), turn("assistant", pair.rejected)]} for pair in SafeWorld().pairs("train", 60)]
+    write_rows(tmp_path / "talks.jsonl", rows)
+    train.main(["--model", str(folder), "--data", str(tmp_path / "talks.jsonl"), "--n-iter", "1", "--n-mu", "1", "--n-nu", "1",
+                "--lr", "1e-3", "--eval-prompts", "1", "--out", str(tmp_path / "run")])
+    for player in ("protagonist", "adversary"):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / player)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / player)
+        assert theirs.dtype == torch.float32                       # a step of training would be lost in bfloat16
+        ids = tokenizer.apply_chat_template(rows[0]["chosen"], return_tensors="pt")["input_ids"]
+        prompt, chosen, _ = Tokenizer.from_pretrained(tmp_path / "run" / player).encode_pair(load_pairs(tmp_path / "talks.jsonl")[0])
+        assert (prompt + chosen)[:-1] == ids[0].tolist()           # the template writes no eos: ours comes after its end
+        ours = Decoder.from_pretrained(tmp_path / "run" / player)
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_own_model_and_data(tmp_path, capsys):
