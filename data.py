@@ -78,12 +78,12 @@ def split_files(path):
     files of both kinds the second list is empty, and the pairs of the first have to be divided."""
     if not path.is_dir():
         return [path], [], f"{path} has no test split"
-    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.name.endswith(SUFFIXES)]
+    names = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.name.lower().endswith(SUFFIXES)]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise ValueError(f"{path}: holds no data file ({', '.join(SUFFIXES)})")
     words = {name: split_words(name) for name in names}
-    if any("prefs" in some for some in words.values()):                      # others hold what SFT and generation need
+    if any({"train", "prefs"} <= {*some} for some in words.values()):        # others hold what SFT and generation need
         words = {name: some if "prefs" in some else [] for name, some in words.items()}
     training, held_out = ([name for name in names if split in words[name]] for split in ("train", "test"))
     if not training:
@@ -106,7 +106,7 @@ def split_words(name):
 # ----------------------------------------------------------------------------------------------------------
 # Reading preference files
 
-COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input", "source")           # what a row is read for
+COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input", "source", "system", "question", "query", "messages")
 ASSISTANT = "\n\nAssistant:"
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -138,7 +138,7 @@ def load_data(source, leave_out=None):
     training, held_out, note = split_files(find_source(source, "dataset"))
     pairs = []
     for file in training + held_out:
-        for row, origin in read_rows(file):
+        for row, origin in read_rows(file, COLUMNS):
             pair = parse_row(row, origin)
             pair.held_out = file in held_out if held_out else is_held_out(pair)
             pairs.append(pair)
@@ -146,15 +146,15 @@ def load_data(source, leave_out=None):
         raise ValueError(f"{source}: holds no rows; it needs at least one preference pair")
     if not held_out:
         note += ": one prompt in twenty, by a checksum of its text, is held out"
-    for name in leave_out.split(",") if leave_out is not None else ():
-        kept = [pair for pair in pairs if name.strip() not in pair.source]
-        if not name.strip() or len(kept) == len(pairs):
-            sources = sorted({pair.source for pair in pairs} - {""})
-            raise ValueError(f"{source}: no row has a source with {name.strip()!r} in it, to be left out (sources are: "
-                             f"{', '.join(sources[:20]) or 'none'})")
-        note += f"; left out {len(pairs) - len(kept)} rows of source {name.strip()}"
-        pairs = kept
-    return pairs, note
+    names = [name.strip() for name in leave_out.split(",")] if leave_out is not None else []
+    for name in names:
+        count = sum(name in pair.source for pair in pairs)
+        if not name or count in (0, len(pairs)):
+            sources = ", ".join(sorted({pair.source for pair in pairs})[:20])
+            raise ValueError(f"{source}: {count if name else 'none'} of {len(pairs)} rows have a source with {name!r} in "
+                             f"it, to be left out (sources are: {sources})")
+        note += f"; left out {count} rows of source {name}"
+    return [pair for pair in pairs if not any(name in pair.source for name in names)], note
 
 
 def is_held_out(pair):
@@ -162,12 +162,12 @@ def is_held_out(pair):
     return zlib.crc32(json.dumps(pair.prompt).encode()) % 20 == 0
 
 
-def read_rows(path):
-    """Yield (row, where it stands) of a file."""
+def read_rows(path, columns=None):
+    """Yield (row, where it stands) of a file; of a parquet file only the named columns (None: all)."""
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown kind of data file; the name must end in {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
-        yield from read_parquet(path)
+        yield from read_parquet(path, columns)
         return
     try:
         content = path.read_bytes()
@@ -186,20 +186,22 @@ def read_rows(path):
                 yield parse_json(line, path, first_line=number), f"{path}, line {number}"
 
 
-def read_parquet(path):
+def read_parquet(path, columns):
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns, number = [name for name in COLUMNS if name in file.schema_arrow.names], 0
-            for batch in file.iter_batches(columns=columns):
+            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            for batch in file.iter_batches(columns=names):
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}, row {number}"
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path}: cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    except Exception as error:                                               # arrow's, or no Python type holds a value
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as parquet after row {number} ({reason})") from None
 
 
 def parse_json(content, path, first_line):
@@ -248,7 +250,7 @@ def parse_row(row, origin):
 def parse_messages(row, origin):
     chosen, rejected, before = messages(row, "chosen", origin), messages(row, "rejected", origin), row.get("prompt")
     prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else []                        # else they part before
-    if isinstance(before, list):
+    if isinstance(before, list) and before:
         before = messages(row, "prompt", origin)
         repeated = chosen[:len(before)] == before
         prompt = prompt if repeated or chosen[:-1] != rejected[:-1] else before + prompt
@@ -261,9 +263,15 @@ def parse_text(row, chosen, rejected, origin):
     if "instruction" in row:
         fields = {"instruction": text(row, "instruction", origin), "input": text({"input": "", **row}, "input", origin)}
         return (INSTRUCTION_INPUT if fields["input"] else INSTRUCTION).format(**fields), chosen, rejected
+    unread = ["system"] if "prompt" in row else ["system", "question", "query", "input", "messages"]
+    unread = [name for name in unread if row.get(name)]
+    if unread and ASSISTANT not in chosen:
+        raise ValueError(f"{origin}: has {' and '.join(unread)}, which is not read; put all that is asked into prompt")
     if "prompt" in row:
-        return text(row, "prompt", origin), chosen, rejected
-    if ASSISTANT in chosen:
+        prompt = text(row, "prompt", origin)
+        if not all(ASSISTANT in prompt and answer.startswith(prompt) for answer in (chosen, rejected)):
+            return prompt, chosen, rejected                                  # else they repeat the dialogue
+    elif ASSISTANT in chosen:
         prompt = chosen[:chosen.rindex(ASSISTANT) + len(ASSISTANT)]
         if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:
             prompt = ""                                                      # they part before the last reply
@@ -352,14 +360,16 @@ class Tokenizer:
         self.add_bos = bool(tokens.get("add_bos_token")) and self.bos_id is not None
         template = files.get("chat_template.jinja", tokens.get("chat_template"))
         if isinstance(template, list):                                       # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+            entries = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+            template = entries[0].get("template") if entries else None
         self.chat_template = decode_text("chat_template.jinja", template) if isinstance(template, bytes) else template
 
     @classmethod
     def from_pretrained(cls, folder):
         """Read the tokenizer files of a model folder; ValueError with one sentence where that cannot be."""
         folder = Path(folder)
-        files = {path.name: path.read_bytes() for name in cls.FILES for path in sorted(folder.glob(name))}
+        paths = [path for name in cls.FILES for path in sorted(folder.glob(name)) if path.is_file()]
+        files = {path.name: path.read_bytes() for path in paths}
         if "tokenizer.json" not in files:
             mend = f"; make it from tokenizer.model by: python data.py {folder}" if "tokenizer.model" in files else ""
             raise ValueError(f"{folder}: has no tokenizer.json{mend}")
@@ -471,10 +481,11 @@ class Tokenizer:
         environment.globals["raise_exception"] = raise_exception
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
-            return environment.from_string(self.chat_template).render(
-                messages=prompt, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **self.special)
+            template = environment.from_string(self.chat_template)
+            return template.render(messages=prompt, add_generation_prompt=add_generation_prompt, tools=None,
+                                   documents=None, **self.special)
         except Exception as error:                                           # a template can raise anything
-            raise ValueError(f"the chat template refused a dialogue ({error})") from None
+            raise ValueError(f"the chat template refused a dialogue ({' '.join(str(error).split())})") from None
 
 
 def encode_pairs(pairs, tokenizer, max_length):
@@ -515,7 +526,7 @@ def encode_pairs(pairs, tokenizer, max_length):
              f"{max_length} tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
     chat = next((pair for pair in kept if not isinstance(pair.prompt, str)), None)
     if chat is not None and not tokenizer.template_ends_answers(chat):
-        report += f"\n  the chat template ends answers in no eos token of the model, so {tokenizer.eos} is put after its end"
+        report += f"\n  the chat template ends answers in no eos token of the model; {tokenizer.eos} is put after its end"
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: {pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"
     return rows, kept, report
@@ -817,31 +828,33 @@ def convert_tokenizer(folder):
     try:
         content = path.read_bytes()
         proto = sentencepiece_model_pb2.ModelProto.FromString(content)
+        original = SentencePieceProcessor(model_proto=content)
+        backend = backend_of(proto)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:                                                        # of protobuf's C core
+    except Exception:                                                        # of four libraries
         raise ValueError(f"{path}: no SentencePiece model, or a damaged one") from None
     if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
         raise ValueError(f"{path}: only SentencePiece models of type BPE are converted")
-    backend = backend_of(proto)
 
     config, generation = (read_object(file, file.read_bytes() if file.is_file() else b"{}")
                           for file in (path.with_name("config.json"), path.with_name("generation_config.json")))
     if config.get("model_type") == "baichuan":
-        marks = [backend.id_to_token(generation.get(f"{role}_token_id", usual))
-                 for role, usual in (("user", 195), ("assistant", 196))]
-        if None in marks:
-            raise ValueError(f"{path}: has no pieces of the ids that mark Baichuan2's turns, so it is not Baichuan2's")
-        backend.add_special_tokens(marks)
-        files["chat_template.jinja"] = BAICHUAN_TEMPLATE.replace("USER", marks[0]).replace("ASSISTANT", marks[1])
+        ids = [generation.get(f"{role}_token_id", usual) for role, usual in (("user", 195), ("assistant", 196))]
+        if not all(type(i) is int and 0 <= i < len(proto.pieces) for i in ids):
+            raise ValueError(f"{path}: has no pieces of the ids {ids}, which mark the turns of Baichuan2")
+        user, assistant = (proto.pieces[i].piece for i in ids)
+        backend.add_special_tokens([user, assistant])
+        files["chat_template.jinja"] = BAICHUAN_TEMPLATE.replace("USER", user).replace("ASSISTANT", assistant)
+    plain = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == piece.NORMAL]
+    apart = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    samples = plain + [" ".join(plain[i:i + 3]) for i in range(0, len(plain), 3)]
+    samples += [f"\n\n{a}\t{b}  {c}\n " for a, b, c in zip(plain, plain[1:], plain[2:])]
+    samples += [f"a{mark}b" for mark in apart]
+    other = [sample for sample in samples if backend.encode(sample).ids != original.encode(sample)]
     files["tokenizer.json"] = backend.to_str(pretty=True)
     for name, text_ in files.items():
         path.with_name(name).write_text(text_, encoding="utf-8")
-
-    original = SentencePieceProcessor(model_proto=content)
-    plain = [piece.piece.replace(SPACE, " ") for piece in proto.pieces if piece.type == piece.NORMAL]
-    samples = [" ".join(plain[i:i + 3]) for i in range(0, len(plain), 3)] + plain
-    other = [sample for sample in samples if backend.encode(sample).ids != original.encode(sample)]
     return (f"wrote {' and '.join(files)} to {folder}; of {len(samples)} texts made of its pieces it reads "
             f"{len(other)} otherwise than sentencepiece" + (f", such as {other[0]!r}" if other else ""))
 
@@ -862,7 +875,7 @@ def backend_of(proto):
                                                          byte_fallback=training.byte_fallback))
     steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "), normalizers.Strip()]
+        steps += [normalizers.Replace(tokenizers.Regex(pattern), by) for pattern, by in ((" {2,}", " "), ("\\A | \\z", ""))]
     steps += [normalizers.Prepend(SPACE)] if rules.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence(steps + [normalizers.Replace(" ", SPACE)])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -67,7 +67,7 @@ class Run:
             if not all(type(config[name]) in (str, type(None)) for name in ("model", "data")) or \
                     not all(type(config[name]) is int for name in ("n_nu", "seed", "max_length", "eval_prompts")):
                 raise ValueError
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{folder}: no run of train.py (it has no readable config.json)") from None
         if not (folder / "protagonist").is_dir():
             raise ValueError(f"{folder}: the run is not finished; go on with it by train.py --out {folder} --resume")
@@ -318,8 +318,11 @@ def write_answers(runs, options):
     """Sampled answers of two protagonists to the same held-out prompts, a line each, with places a and b exchanged at
     random, but for the first line, whose run_a is the first run. The judge adds numbers score_a and score_b."""
     path = Path(options.answers)
-    if path.exists():
-        raise ValueError(f"--answers {path} exists; choose another name")
+    if path.exists() or not path.parent.is_dir():
+        raise ValueError(f"--answers {path} exists; choose another name" if path.exists() else
+                         f"--answers {path}: there is no folder {path.parent}")
+    if runs[0].protagonist.resolve() == runs[1].protagonist.resolve():
+        raise ValueError("--answers needs two different RUNs")
     _, name, pairs, prompts = questions(runs, options)
     columns = []
     for run in runs:
@@ -353,8 +356,8 @@ def read_scores(options):
             raise ValueError(f"{origin}: is no line of --answers (it has no run_a and run_b)")
         for place in "ab":
             score = row.get(f"score_{place}")
-            if type(score) not in (int, float) or not math.isfinite(score):
-                raise ValueError(f"{origin}: score_{place} must be a number, not {score!r}")
+            if type(score) not in (int, float) or not abs(score) < 1e15:
+                raise ValueError(f"{origin}: score_{place} must be a number, not {score!r:.40}")
             scores.setdefault(row[f"run_{place}"], []).append(score)
         if len(scores) != 2 or row["run_a"] == row["run_b"]:
             raise ValueError(f"{origin}: compares {row['run_a']} and {row['run_b']}, but all lines must compare the "
@@ -363,10 +366,13 @@ def read_scores(options):
         raise ValueError(f"{options.scores}: holds no rows")
     counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
     for ours, theirs in zip(*scores.values()):
+        gap = abs(ours - theirs)
         if options.bad is not None and max(ours, theirs) <= options.bad:
             counts["bad"] += 1
+        elif gap <= options.tie or math.isclose(gap, options.tie):           # 0.8 - 0.7 is a little more than 0.1
+            counts["tie"] += 1
         else:
-            counts["tie" if abs(ours - theirs) <= options.tie else "win" if ours > theirs else "lose"] += 1
+            counts["win" if ours > theirs else "lose"] += 1
     runs = {run: {"mean_score": mean(some), "lowest": min(some), "highest": max(some),
                   "bad_rate": None if options.bad is None else mean(score <= options.bad for score in some)}
             for run, some in scores.items()}
@@ -382,8 +388,8 @@ def sign_test(win, lose):
 
 def print_scores(report):
     bad = "nothing" if report["bad_at_most"] is None else f"both at most {report['bad_at_most']:g}"
-    print(f"{report['prompts']} prompts judged; a difference of at most {report['tie_at_most']:g} is a tie, {bad} a bad "
-          "case")
+    print(f"{report['prompts']} prompts judged; a difference of at most {report['tie_at_most']:g} is a tie, {bad} a "
+          "bad case")
     for run, numbers in report["runs"].items():
         print(f"{run}: mean score {numbers['mean_score']:.3f} (from {numbers['lowest']:g} to {numbers['highest']:g}), "
               f"bad {show(numbers['bad_rate'], 3)}")
@@ -446,7 +452,7 @@ def parse_arguments(arguments):
 
 def check_judging(options):
     """Refuse what does not go with --answers or --scores, and set --tie."""
-    given = {name for name, value in vars(options).items() if value not in (None, False, [], "auto")}
+    given = {name for name, value in vars(options).items() if value not in (None, [], "auto") and value is not False}
     if options.scores is not None:
         if given - {"scores", "tie", "bad", "json"}:
             raise ValueError("--scores takes no RUN and no other option than --tie, --bad and --json")
@@ -454,8 +460,9 @@ def check_judging(options):
         raise ValueError("needs a RUN, the folder of a finished run of train.py")
     elif given & {"tie", "bad"}:
         raise ValueError("--tie and --bad need --scores")
-    if options.answers is not None and (len(options.runs) != 2 or given & {"json", "prompt", "sft"}):
-        raise ValueError("--answers needs two RUNs, and neither --json nor --prompt nor --sft")
+    odd = given & {"json", "prompt", "sft"} or options.prompts == 0
+    if options.answers is not None and (odd or len(options.runs) != 2):
+        raise ValueError("--answers needs two RUNs and some --prompts, and neither --json nor --prompt nor --sft")
     options.tie = 0.0 if options.tie is None else options.tie
     if not 0 <= options.tie < math.inf or options.bad is not None and not math.isfinite(options.bad):
         raise ValueError("--tie must be finite and at least 0, --bad finite")

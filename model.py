@@ -11,10 +11,8 @@ Parameter names are Hugging Face's own. Knows token ids and folders only: no tok
 Shapes: B rows, T tokens, D hidden size, H heads, K key/value heads, d head size, V vocabulary, S keys seen.
 """
 
-import contextlib
 import json
 import math
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,11 +111,11 @@ class DecoderConfig:
     def check(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 2**31:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number")
+            if type(getattr(self, name)) is not int or not 0 < getattr(self, name) < 2**24:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a positive whole number (below 2^24)")
         scaling = {name: value for name, value in (self.rope_scaling or {}).items() if name != "rope_type"}
         for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta, **scaling}.items():
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < 1e15:
                 raise ValueError(f"{name} is {value!r}, not a positive number")
         if type(self.tie_word_embeddings) is not bool:
             raise ValueError(f"tie_word_embeddings is {self.tie_word_embeddings!r}, neither true nor false")
@@ -146,12 +144,14 @@ def refuse_unsupported(raw):
     if kind not in FAMILIES:
         raise ValueError(f"model_type {kind!r} is not computed here, only {', '.join(FAMILIES)}")
     for name, right in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
-                        "quantization_config": None}.items():
+                        "is_causal": True, "quantization_config": None}.items():
         if raw.get(name) is not None and raw[name] != right:
             raise ValueError(f"{name} {raw[name]!r} is not computed here, only {right!r}")
-    if kind == "baichuan" and (positions is None or raw.get("architectures") == ["BaiChuanForCausalLM"]):
+    first_generation = "BaiChuan" in json.dumps(raw) and "z_loss_weight" not in raw
+    if kind == "baichuan" and (positions is None or first_generation or read_rope(raw) != (10000.0, None)):
         raise ValueError("of the Baichuan models only Baichuan2-7B is computed here, neither the first generation (it "
-                         "spells its class BaiChuanForCausalLM) nor 13B (it has no max_position_embeddings)")
+                         "spells its class BaiChuan), nor 13B (it has no max_position_embeddings), nor other rotary "
+                         "positions")
     if kind == "mistral" or kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
         window = raw.get("sliding_window", 4096)                                # what transformers takes for absent
         if window is not None and (positions is None or window < positions):
@@ -170,6 +170,8 @@ def read_rope(raw):
     theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if kind == "default":
         return theta, None
+    original = "original_max_position_embeddings"
+    rope = {**rope, original: raw.get(original) or rope.get(original) or raw.get("max_position_embeddings")}   # as there
     return theta, {"rope_type": kind, **{name: rope[name] for name in ROPE_SCALINGS[kind][1]}}
 
 
@@ -179,7 +181,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a model folder holds config.json and weights") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
@@ -387,9 +389,8 @@ class Decoder(nn.Module):
         index, single = {}, len(shards) == 1
         for number, names in enumerate(shards, start=1):
             path = folder / (SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-            tensors = {name: torch.cat([weights[part] for part in table[name]]) if len(table[name]) > 1 else weights[name]
-                       for name in names}
-            tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+            tensors = {name: [weights[part].cpu() for part in table[name]] for name in names}
+            tensors = {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in tensors.items()}
             save_file(tensors, f"{path}.partial", metadata={"format": "pt"})
             Path(f"{path}.partial").replace(path)
             index |= dict.fromkeys(names, path.name)
@@ -428,41 +429,39 @@ def tensor_files(folder):
         raise ValueError(f"{folder}: has neither {SINGLE} nor {SINGLE_BIN}, nor an index of one")
     files = {}
     for path in paths:
-        with open_checkpoint(path) as tensors:
-            for name in tensors.keys():
-                if name in files:
-                    raise ValueError(f"{path}: tensor {name} is in another shard too")
-                if not name.endswith(".rotary_emb.inv_freq"):       # follows from config.json; old checkpoints store it
-                    files[name] = path
+        for name in read_checkpoint(path):
+            if name in files:
+                raise ValueError(f"{path}: tensor {name} is in another shard too")
+            if not name.endswith(".rotary_emb.inv_freq"):           # follows from config.json; old checkpoints store it
+                files[name] = path
     return files
 
 
-@contextlib.contextmanager
-def open_checkpoint(path):
-    """The tensors of one file, mapped and not read; what cannot be read becomes a ValueError."""
+def read_checkpoint(path, name=None):
+    """The tensor of that name in one file, mapped and not yet read; without a name, the names of all. ValueError where
+    it cannot be read."""
     try:
         if path.suffix == ".safetensors":
-            with safetensors.safe_open(path, framework="pt") as tensors:
-                yield tensors
-        else:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-                raise pickle.UnpicklingError("it holds no table of tensors")
-            yield tensors
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return list(file.keys()) if name is None else file.get_tensor(name)
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+                   and value.device.type == "cpu" for key, value in tensors.items()):
+            raise ValueError("it holds other things than plain tensors")
+        return list(tensors) if name is None else tensors[name]
+    except Exception as error:                                      # a damaged pickle can raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: cannot be read ({reason}); is the file whole?") from None
 
 
 def read_tensor(path, name, shape):
     """One tensor, checked. The file is opened for it alone: while it is open, all that was ever read of it stays."""
-    with open_checkpoint(path) as tensors:
-        tensor = tensors.get_tensor(name) if path.suffix == ".safetensors" else tensors[name]
+    tensor = read_checkpoint(path, name)
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; quantised weights are not read")
     if tensor.shape != shape:
         raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}, but config.json says {tuple(shape)}")
-    if not torch.stack(tensor.aminmax()).isfinite().all():
+    if not torch.stack(tensor.aminmax()).float().isfinite().all():
         raise ValueError(f"{path}: tensor {name} holds values that are not finite")
     return tensor
 

@@ -325,7 +325,7 @@ SHAPES = {                                                         # of the fami
     "llama 2": dict(num_key_value_heads=4, rope_theta=500.0),
     "llama, one key head": dict(num_key_value_heads=1, head_dim=6),
     "llama, linear": dict(rope_scaling=LINEAR, max_position_embeddings=16),
-    "llama 3": dict(rope_scaling=LLAMA3, rope_theta=500.0, head_dim=16, max_position_embeddings=16),
+    "llama 3": dict(rope_scaling=LLAMA3, rope_theta=500.0, head_dim=16, max_position_embeddings=32),
     "mistral": dict(model_type="mistral", rope_theta=1e6),
     "qwen2": dict(model_type="qwen2"),
     "qwen2, tied": dict(model_type="qwen2", tie_word_embeddings=True),
@@ -411,6 +411,21 @@ def test_the_old_spelling_of_rope_and_the_shards_of_transformers(tmp_path):
     ids = torch.randint(3, 53, (1, 60))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("inside,outside", [(64, 8), (None, 8), (None, None)])
+def test_where_the_original_context_may_stand(inside, outside, tmp_path):
+    """Beside the other numbers of rope_scaling, at the top of config.json, which goes first, or nowhere."""
+    transformers, _ = transformers_model("llama 3", tmp_path)
+    scaling = {**LLAMA3, "original_max_position_embeddings": inside}
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=500.0, original_max_position_embeddings=outside,
+              rope_scaling={name: value for name, value in scaling.items() if value is not None})
+    raw = {name: value for name, value in json.loads((tmp_path / "config.json").read_text()).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 53, (1, 60))
+    ours = Decoder.from_pretrained(tmp_path)
+    assert ours.config.rope_scaling["original_max_position_embeddings"] == (outside or inside or 32)
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
 # Response log-probabilities: the one thing everybody gets wrong
@@ -745,6 +760,17 @@ BROKEN_MODELS = {
     "rope without factor": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear"}), "has no factor"),
     "rope factor is text": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear", "factor": "2"}), "factor is '2'"),
     "rope bands": (lambda f: edit_json(f / "config.json", rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor must"),
+    "both ways": (lambda f: edit_json(f / "config.json", is_causal=False), "is_causal False"),
+    "a number too long": (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("10000.0", "1" + "0" * 400)),
+                          "not a positive number"),
+    "deep config": (lambda f: (f / "config.json").write_text("[" * 100000), "config.json: cannot be read as JSON"),
+    "too large for float32": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update(
+        {"lm_head.weight": t["lm_head.weight"].double() * 1e300})), "lm_head.weight holds values that are not finite"),
+    "too many rows": (lambda f: edit_json(f / "config.json", vocab_size=2**31 - 1), "vocab_size is 2147483647"),
+    "turned baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", rope_theta=500.0, rope_parameters=None),
+                        "nor other rotary"),
+    "named baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", architectures=None,
+                                           auto_map={"AutoModel": "modeling_baichuan.BaiChuanForCausalLM"}), "neither the first generation"),
     "half rotated": (lambda f: edit_json(f / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
     "sliding": (lambda f: edit_json(f / "config.json", model_type="mistral", sliding_window=64), "sliding_window 64"),
     "sliding by default": (lambda f: (f / "config.json").write_text(json.dumps({
@@ -771,7 +797,11 @@ BROKEN_MODELS = {
     "a truncated bin": (lambda f: as_bin(f, lambda content: content[:-50]), "pytorch_model.bin: cannot be read"),
     "a bin of code": (lambda f: as_bin(f, lambda content: pickle.dumps(Malicious())), "pytorch_model.bin: cannot be read"),
     "a bin of something": (lambda f: ((f / "model.safetensors").unlink(), torch.save([1], f / "pytorch_model.bin")),
-                           "it holds no table of tensors"),
+                           "pytorch_model.bin: cannot be read"),
+    "a sparse bin": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": torch.eye(2).to_sparse()}, f / "pytorch_model.bin")),
+                     "it holds other things than plain tensors"),
+    "a bin of other things": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": 1}, f / "pytorch_model.bin")),
+                              "it holds other things than plain tensors"),
     "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias True"),
     "no size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size"),
     "text for a size": (lambda f: edit_json(f / "config.json", vocab_size="53"), "vocab_size is '53'"),
@@ -832,6 +862,11 @@ ROWS = [
     ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, Pair("The sky is", " blue.", " green.")),
     ({"chosen": "The sky\nblue.", "rejected": "The sky\nbright."}, Pair("The sky\nb", "lue.", "right.")),
     ({"chosen": "One", "rejected": "Two"}, Pair("", "One", "Two")),
+    # answers of a dialogue that repeat it; other answers may well begin as the prompt does
+    ({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+     Pair("\n\nHuman: a\n\nAssistant:", " b", " c")),
+    ({"prompt": "Hello", "chosen": "Hello you", "rejected": "Hello!"}, Pair("Hello", "Hello you", "Hello!")),
+    ({"prompt": [], "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
     ({"prompt": None, "instruction": None, "chosen": "a b", "rejected": "a c"}, Pair("a", " b", " c")),
     ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
      Pair("", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no")),
@@ -911,8 +946,8 @@ def test_datasets_as_they_are_published(tmp_path, suffix):
     assert [pair.source for pair in everything] == ["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"]
     assert [pair.source for pair in kept] == ["Capybara", "truthy", "prm"] and "left out 2 rows of source toxic-dpo" in note
     assert [pair.source for pair in data.load_data(tmp_path / "mix", "toxic, prm")[0]] == ["Capybara", "truthy"]
-    for nothing in ("nobody", "toxic,", "toxic,toxic", ""):
-        with pytest.raises(ValueError, match="no row has a source with"):
+    for nothing in ("nobody", "toxic,", "toxic,nobody", "", "e,r,p,o"):
+        with pytest.raises(ValueError, match="rows have a source with"):
             data.load_data(tmp_path / "mix", nothing)
 
     pairs, note = data.load_data(tmp_path / "feedback")
@@ -1005,6 +1040,9 @@ BAD_FILES = {
     "broken json": ("pairs.json", b"[\n" + GOOD + b",\n" + GOOD.replace(b'"c"', b"c") + b"\n]", "line 3: broken JSON"),
     "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}', "line 3: has no chosen"),
     "no rejected": ("pairs.json", b'[{"prompt": "p", "chosen": "r"}]', "row 1: has no rejected"),
+    "a question unread": ("pairs.jsonl", b'{"system": "s", "question": "q", "chosen": "a b", "rejected": "a c"}',
+                          "line 1: has system and question, which is not read"),
+    "a system unread": ("pairs.jsonl", b'{"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}', "line 1: has system, which"),
     "not parquet": ("pairs.parquet", b"PAR1 or so", "cannot be read as parquet"),
     "a column that is missing": ("pairs.parquet", "no rejected", "row 1: has no rejected"),
     "wrong type": ("pairs.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}', "line 1: chosen must be text, not a int"),
@@ -1120,7 +1158,7 @@ def test_chat_template():
     for eos, said in (("</s>", True), ("<|im_end|>", False)):      # and the report says so
         chatty = word_tokenizer(None, {"eos_token": eos, "chat_template": CHATML})
         report = encode_pairs([Pair([turn("user", "c")], "d", "x")], chatty, 20)[2]
-        assert ("ends answers in no eos token of the model, so </s> is put after its end" in report) == said
+        assert ("ends answers in no eos token of the model; </s> is put after its end" in report) == said
     several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
     assert word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several}).encode_prompt([turn("user", "c")]) == prompt
     stops = {"eos_token": "</s>", "chat_template": CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")}
@@ -1128,7 +1166,8 @@ def test_chat_template():
     pair = Pair([turn("user", "c")], "d<|im_end|></s>", "x")       # the end that the template writes, once
     assert Tokenizer(files).encode_pair(pair) == (prompt, [7, 13], [9, 13])
     assert Tokenizer(files).encode_pair(Pair("c", "d<|im_end|></s> ", "x")) == ([0, 6], [7, 1], [9, 1])
-    for template, message in ((None, "no chat_template"), ("{{ raise_exception('no system') }}", "no system"),
+    for template, message in ((None, "no chat_template"), (["a", None, {"name": []}, {"name": "default"}], "no chat_template"),
+                              ("{{ raise_exception('two\nlines') }}", r"refused a dialogue \(two lines\)"), ("{{ raise_exception('no system') }}", "no system"),
                               ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
         with pytest.raises(ValueError, match=message):
             word_tokenizer(None, {"chat_template": template}).encode_pair(Pair([turn("user", "c")], "d", "x"))
@@ -1179,7 +1218,8 @@ SENTENCES = [" ".join(random.Random(k).choices("the cat sat on a mat and ate two
 @pytest.mark.parametrize("rules", (
     dict(add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
     dict(add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
-    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="nmt_nfkc", byte_fallback=False)))
+    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="nmt_nfkc", byte_fallback=False),
+    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="identity", byte_fallback=True)))
 def test_a_sentencepiece_model_becomes_a_tokenizer(rules, tmp_path):
     """Baichuan2's way: the same ids as sentencepiece itself for any text, and its chat format by ids."""
     sentencepiece = pytest.importorskip("sentencepiece")
@@ -1188,9 +1228,18 @@ def test_a_sentencepiece_model_becomes_a_tokenizer(rules, tmp_path):
         sentence_iterator=iter(SENTENCES), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400,
         hard_vocab_limit=False, user_defined_symbols=["<reserved_106>", "<reserved_107>"], minloglevel=2, **rules)
     (tmp_path / "config.json").write_text('{"model_type": "baichuan", "eos_token_id": 2}')
+    for ids in (["x", 4], [None, 4], [3, -1], [3, 10**30], [1.5, 4]):
+        (tmp_path / "generation_config.json").write_text(json.dumps(dict(zip(("user_token_id", "assistant_token_id"), ids))))
+        with pytest.raises(ValueError, match="which mark the turns of Baichuan2"):
+            data.convert_tokenizer(tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "chat_template.jinja").exists()
     (tmp_path / "generation_config.json").write_text('{"user_token_id": 3, "assistant_token_id": 4}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": false}')
-    assert "it reads 0 otherwise" in data.convert_tokenizer(tmp_path)
+    said = data.convert_tokenizer(tmp_path)
+    if rules["add_dummy_prefix"]:                                  # sentencepiece puts none behind a mark, and a turn has one
+        assert "it reads 2 otherwise than sentencepiece, such as 'a<reserved_106>b'" in said
+    else:
+        assert "it reads 0 otherwise than sentencepiece" in said
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
     rng = random.Random(0)
@@ -1775,7 +1824,7 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
                                ("stop", "good.jsonl", "eos_token_id is 99999, but"), ("less", "good.jsonl", "eos_token_id is -1, but"),
                                ("model", "holes", "train.jsonl, line 2: has no chosen")):
         assert words in refused(train.main, ["--model", model, "--data", file], capsys)
-    assert "no row has a source with 'toxic'" in refused(train.main, ["--model", "model", "--data", "good.jsonl", "--leave-out", "toxic"], capsys)
+    assert "0 of 1 rows have a source with 'toxic'" in refused(train.main, ["--model", "model", "--data", "good.jsonl", "--leave-out", "toxic"], capsys)
     (tmp_path / "model/tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refused(train.main, ["--model", "model", "--data", "good.jsonl"], capsys)
     assert sorted(tmp_path.rglob("*")) == before
@@ -1923,6 +1972,10 @@ def test_a_judge_from_outside(tmp_path, capsys, monkeypatch):
                             (["--scores", "answers.jsonl"], "answers.jsonl, line 1: score_a must be a number, not None"),
                             (["--scores", "gone.jsonl"], "gone.jsonl")):
         assert word in refused(examination.main, arguments, capsys), arguments
+    for arguments, word in ((["a", "a/../a", "--answers", "x"], "two different RUNs"), (["a", "b", "--answers", "no/x"], "no folder no"),
+                            (["a", "b", "--answers", "x", "--prompts", "0"], "some --prompts"), (["a", "--bad", "0"], "--scores"),
+                            (["--scores", "judged.jsonl", "--temperature", "0"], "no other option")):
+        assert word in refused(examination.main, arguments, capsys), arguments
     assert not Path("x").exists()
 
 
@@ -1940,15 +1993,24 @@ def test_scores_by_hand(tmp_path, capsys):
     assert report["runs"] == {
         "mine": {"mean_score": pytest.approx(12 / 7), "lowest": 0, "highest": 3, "bad_rate": pytest.approx(1 / 7)},
         "other": {"mean_score": pytest.approx(6 / 7), "lowest": 0, "highest": 3, "bad_rate": pytest.approx(3 / 7)}}
+    fractions = write_rows(tmp_path / "fractions.jsonl", [line(*case, 0) for case in ((.3, .2), (.8, .7), (.7, .6), (1.1, 1.0), (.5, .39))])
+    examination.main(["--scores", str(fractions), "--tie", "0.1", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert (report["win"], report["tie"]) == (1, 4)                # 0.8 - 0.7 is a tie too, whatever its last bit
     examination.main(["--scores", str(path), "--tie", "1", "--json"])
     report = json.loads(capsys.readouterr().out)
     assert [report[name] for name in ("win", "tie", "lose", "bad")] == [3, 3, 1, 0]
     examination.main(["--scores", str(path), "--tie", "1.5", "--bad", "0"])
     out = capsys.readouterr().out
+    if importlib.util.find_spec("pyarrow"):                        # every column of it
+        write_rows(tmp_path / "scores.parquet", [json.loads(row) for row in path.read_text().splitlines()])
+        examination.main(["--scores", str(tmp_path / "scores.parquet"), "--tie", "1.5", "--bad", "0"])
+        assert capsys.readouterr().out == out
     assert "a difference of at most 1.5 is a tie, both at most 0 a bad case" in out
     assert "mine against other, win/tie/lose/bad: 3/2/1/1" in out
     for broken, word in ((line(1, 2, 0) | {"score_b": True}, "line 8: score_b must be a number, not True"),
-                         (line(1, 2, 0) | {"score_a": float("inf")}, "line 8: score_a"), ({"score_a": 1}, "line 8: is no line of"),
+                         (line(1, 2, 0) | {"score_a": float("inf")}, "line 8: score_a"),
+                         (line(1, 2, 0) | {"score_a": 10**400}, "line 8: score_a"), ({"score_a": 1}, "line 8: is no line of"),
                          (line(1, 2, 0) | {"run_a": "third"}, "line 8: compares third and other, but all lines")):
         write_rows(path, [line(*case, 0) for case in cases] + [broken])
         assert word in refused(examination.main, ["--scores", str(path)], capsys)

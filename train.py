@@ -522,7 +522,7 @@ def choose_folder(given, resume):
         raise Refused(f"--out {out} exists and is not empty; choose another one, or go on with it by --resume")
     try:
         config = Config(**json.loads((out / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise Refused(f"--out {out} is no run that --resume could go on with: no readable config.json") from None
     check_values(config)
     for field in dataclasses.fields(Config):
