@@ -151,8 +151,8 @@ def load_data(source, leave_out=None):
         count = sum(name in pair.source for pair in pairs)
         if not name or count in (0, len(pairs)):
             sources = ", ".join(sorted({pair.source for pair in pairs})[:20])
-            raise ValueError(f"{source}: {count if name else 'none'} of {len(pairs)} rows have a source with {name!r} in "
-                             f"it, to be left out (sources are: {sources})")
+            raise ValueError(f"{source}: {count if name else 'none'} of {len(pairs)} rows have a source with {name!r} "
+                             f"in it, to be left out (sources are: {sources})")
         note += f"; left out {count} rows of source {name}"
     return [pair for pair in pairs if not any(name in pair.source for name in names)], note
 
@@ -526,7 +526,7 @@ def encode_pairs(pairs, tokenizer, max_length):
              f"{max_length} tokens), {len(dropped)} dropped" + (f" ({counts})" if dropped else "")
     chat = next((pair for pair in kept if not isinstance(pair.prompt, str)), None)
     if chat is not None and not tokenizer.template_ends_answers(chat):
-        report += f"\n  the chat template ends answers in no eos token of the model; {tokenizer.eos} is put after its end"
+        report += f"\n  the chat template ends answers in no eos token of the model; {tokenizer.eos} is put after that"
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: {pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"
     return rows, kept, report
@@ -875,7 +875,8 @@ def backend_of(proto):
                                                          byte_fallback=training.byte_fallback))
     steps = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Replace(tokenizers.Regex(pattern), by) for pattern, by in ((" {2,}", " "), ("\\A | \\z", ""))]
+        steps += [normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
+                  normalizers.Replace(tokenizers.Regex("\\A | \\z"), "")]
     steps += [normalizers.Prepend(SPACE)] if rules.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence(steps + [normalizers.Replace(" ", SPACE)])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -170,8 +170,8 @@ def read_rope(raw):
     theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if kind == "default":
         return theta, None
-    original = "original_max_position_embeddings"
-    rope = {**rope, original: raw.get(original) or rope.get(original) or raw.get("max_position_embeddings")}   # as there
+    original = "original_max_position_embeddings"                               # found in any of three places there
+    rope = {**rope, original: raw.get(original) or rope.get(original) or raw.get("max_position_embeddings")}
     return theta, {"rope_type": kind, **{name: rope[name] for name in ROPE_SCALINGS[kind][1]}}
 
 

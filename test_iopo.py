@@ -1158,7 +1158,7 @@ def test_chat_template():
     for eos, said in (("</s>", True), ("<|im_end|>", False)):      # and the report says so
         chatty = word_tokenizer(None, {"eos_token": eos, "chat_template": CHATML})
         report = encode_pairs([Pair([turn("user", "c")], "d", "x")], chatty, 20)[2]
-        assert ("ends answers in no eos token of the model; </s> is put after its end" in report) == said
+        assert ("ends answers in no eos token of the model; </s> is put after that" in report) == said
     several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
     assert word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several}).encode_prompt([turn("user", "c")]) == prompt
     stops = {"eos_token": "</s>", "chat_template": CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")}
