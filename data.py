@@ -12,6 +12,7 @@
 Knows files, text and ids only: no model, no loss.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -48,7 +49,7 @@ class Pair:
 
 SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet")
 HUB_FILES = {"dataset": {"allow_patterns": [f"*{suffix}" for suffix in SUFFIXES]},
-             "model": {"allow_patterns": ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "*.safetensors"],
+             "model": {"allow_patterns": ["*.json", "*.jinja", "*.py", "*.model", "*.txt", "model*.safetensors"],
                        "ignore_patterns": ["*/*"]}}
 
 
@@ -64,8 +65,8 @@ def find_source(name, kind):
         return Path(huggingface_hub.snapshot_download(str(name), repo_type=kind, **patterns))
     try:
         folder = download(**HUB_FILES[kind])
-        if kind == "model" and not any(folder.glob("*.safetensors")):
-            folder = download(allow_patterns=["*.bin", "*.bin.index.json"], ignore_patterns=["*/*"])
+        if kind == "model" and not any(folder.glob("model*.safetensors")):
+            folder = download(allow_patterns=["pytorch_model*.bin"], ignore_patterns=["*/*"])
         return folder
     except Exception as error:                                               # of the net, the hub, the disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -82,6 +83,7 @@ def split_files(path):
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise ValueError(f"{path}: holds no data file ({', '.join(SUFFIXES)})")
+    refuse_missing_shards(path, names)
     words = {name: split_words(name) for name in names}
     if any({"train", "prefs"} <= {*some} for some in words.values()):        # others hold what SFT and generation need
         words = {name: some if "prefs" in some else [] for name, some in words.items()}
@@ -92,6 +94,18 @@ def split_files(path):
     note = f" (not read: {', '.join(unread[:5])}{' and more' if len(unread) > 5 else ''})" if unread else ""
     note = f"{path}: {len(training)} train and {len(held_out)} test files{note}"
     return [path / name for name in training], [path / name for name in held_out], note
+
+
+def refuse_missing_shards(path, names):
+    """A download that was not finished must not pass for the whole."""
+    shards = Counter()                                                       # (a name around its number, of how many)
+    for name in names:
+        match = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5}).*)", str(name))
+        if match:
+            shards[re.sub("-[0-9a-f]{6,}", "", match[1] + match[2]), int(match[3])] += 1           # some end in a hash
+    for (shape, count), found in shards.items():
+        if found != count:
+            raise ValueError(f"{path}: has {found} of the {count} files {shape}")
 
 
 def split_words(name):
@@ -106,7 +120,6 @@ def split_words(name):
 # ----------------------------------------------------------------------------------------------------------
 # Reading preference files
 
-COLUMNS = ("prompt", "chosen", "rejected", "instruction", "input", "source", "system", "question", "query", "messages")
 ASSISTANT = "\n\nAssistant:"
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
 INSTRUCTION_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
@@ -120,7 +133,7 @@ def load_pairs(source, split=None):
     ("\\n\\nHuman: ... \\n\\nAssistant: ..."), whose prompt is all but the last reply; other text without a prompt,
     whose shared beginning is the prompt; text with an `instruction` and perhaps an `input`, put into the INSTRUCTION
     template; lists of chat messages, whose last one is the answer and whose shared turns, after those of a `prompt`
-    list if there is one, are the prompt.
+    list if there is one, are the prompt (a `prompt` as text is the user's turn where there is no other).
 
     `split` None reads everything. Where the data have no split of their own, "test" is the twentieth of the prompts
     that `is_held_out` selects, and "train" the rest. ValueError for what cannot be read: one sentence with file, line
@@ -136,16 +149,19 @@ def load_data(source, leave_out=None):
     """(pairs, a note on what was read). `leave_out` names sources, separated by commas: rows whose `source` contains
     one of them are left out."""
     training, held_out, note = split_files(find_source(source, "dataset"))
-    pairs = []
+    pairs, columns = [], set()
     for file in training + held_out:
-        for row, origin in read_rows(file, COLUMNS):
+        for row, origin in read_rows(file):
             pair = parse_row(row, origin)
             pair.held_out = file in held_out if held_out else is_held_out(pair)
             pairs.append(pair)
+            columns |= row.keys()
     if not pairs:
         raise ValueError(f"{source}: holds no rows; it needs at least one preference pair")
     if not held_out:
         note += ": one prompt in twenty, by a checksum of its text, is held out"
+    unread = sorted(columns - {"prompt", "chosen", "rejected", "instruction", "input", "source"})
+    note += f"; columns not read: {', '.join(unread)}" if unread else ""
     names = [name.strip() for name in leave_out.split(",")] if leave_out is not None else []
     for name in names:
         count = sum(name in pair.source for pair in pairs)
@@ -162,12 +178,12 @@ def is_held_out(pair):
     return zlib.crc32(json.dumps(pair.prompt).encode()) % 20 == 0
 
 
-def read_rows(path, columns=None):
-    """Yield (row, where it stands) of a file; of a parquet file only the named columns (None: all)."""
+def read_rows(path):
+    """Yield (row, where it stands) of a file."""
     if not path.name.endswith(SUFFIXES):
         raise ValueError(f"{path}: unknown kind of data file; the name must end in {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
-        yield from read_parquet(path, columns)
+        yield from read_parquet(path)
         return
     try:
         content = path.read_bytes()
@@ -186,7 +202,7 @@ def read_rows(path, columns=None):
                 yield parse_json(line, path, first_line=number), f"{path}, line {number}"
 
 
-def read_parquet(path, columns):
+def read_parquet(path):
     try:
         import pyarrow.parquet
     except ImportError:
@@ -194,8 +210,7 @@ def read_parquet(path, columns):
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
-            for batch in file.iter_batches(columns=names):
+            for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{path}, row {number}"
@@ -242,31 +257,33 @@ def parse_row(row, origin):
     source = row["source"] if isinstance(row.get("source"), str) else ""
     if isinstance(row["chosen"], list):
         prompt, chosen, rejected = parse_messages(row, origin)
+        has_system = any(turn["role"] == "system" for turn in prompt)
     else:
         prompt, chosen, rejected = parse_text(row, text(row, "chosen", origin), text(row, "rejected", origin), origin)
+        has_system = False
+    if row.get("system") and not has_system:
+        raise ValueError(f"{origin}: has a system message of its own, which is not read; put it into prompt")
     return Pair(prompt, chosen, rejected, origin, source)
 
 
 def parse_messages(row, origin):
-    chosen, rejected, before = messages(row, "chosen", origin), messages(row, "rejected", origin), row.get("prompt")
-    prompt = chosen[:-1] if chosen[:-1] == rejected[:-1] else []                        # else they part before
-    if isinstance(before, list) and before:
+    """(prompt, chosen, rejected) of lists of messages, which may repeat a prompt that is a list or text."""
+    chosen, rejected, before = messages(row, "chosen", origin), messages(row, "rejected", origin), []
+    if isinstance(row.get("prompt"), list) and row["prompt"]:
         before = messages(row, "prompt", origin)
-        repeated = chosen[:len(before)] == before
-        prompt = prompt if repeated or chosen[:-1] != rejected[:-1] else before + prompt
-    elif isinstance(before, str) and len(chosen) == len(rejected) == 1:                 # else it is one of the turns
-        prompt = [{"role": "user", "content": text(row, "prompt", origin)}]
+        if chosen[:len(before)] == rejected[:len(before)] == before:
+            chosen, rejected = chosen[len(before):], rejected[len(before):]
+    elif isinstance(row.get("prompt"), str) and len(chosen) == len(rejected) == 1:
+        before = [{"role": "user", "content": text(row, "prompt", origin)}]
+    prompt = before + chosen[:-1] if chosen[:-1] == rejected[:-1] else []               # else they part before
     return prompt, answer_of(chosen, "chosen", origin), answer_of(rejected, "rejected", origin)
 
 
 def parse_text(row, chosen, rejected, origin):
+    """(prompt, chosen, rejected) of texts."""
     if "instruction" in row:
         fields = {"instruction": text(row, "instruction", origin), "input": text({"input": "", **row}, "input", origin)}
         return (INSTRUCTION_INPUT if fields["input"] else INSTRUCTION).format(**fields), chosen, rejected
-    unread = ["system"] if "prompt" in row else ["system", "question", "query", "input", "messages"]
-    unread = [name for name in unread if row.get(name)]
-    if unread and ASSISTANT not in chosen:
-        raise ValueError(f"{origin}: has {' and '.join(unread)}, which is not read; put all that is asked into prompt")
     if "prompt" in row:
         prompt = text(row, "prompt", origin)
         if not all(ASSISTANT in prompt and answer.startswith(prompt) for answer in (chosen, rejected)):
@@ -276,6 +293,9 @@ def parse_text(row, chosen, rejected, origin):
         if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:
             prompt = ""                                                      # they part before the last reply
     else:
+        asked = [name for name in ("question", "query", "input", "context", "messages") if row.get(name)]
+        if asked:
+            raise ValueError(f"{origin}: has {' and '.join(asked)}, but no prompt; name what is asked prompt")
         prompt = os.path.commonprefix([chosen, rejected]).removesuffix(" ")            # which belongs to the next word
     return prompt, chosen[len(prompt):], rejected[len(prompt):]
 
@@ -298,6 +318,8 @@ def messages(row, name, origin):
 
 
 def answer_of(turns, name, origin):
+    if not turns:
+        raise ValueError(f"{origin}: {name} is the prompt once more, without an answer")
     if turns[-1]["role"] != "assistant":
         raise ValueError(f"{origin}: the last message of {name} must be the assistant's, not the {turns[-1]['role']}'s")
     return turns[-1]["content"]
@@ -389,7 +411,7 @@ class Tokenizer:
         if token is None:
             return None, None
         if not isinstance(token, str) or self.backend.token_to_id(token) is None:
-            raise ValueError(f"tokenizer_config.json names the special token {token!r}, which tokenizer.json lacks")
+            raise ValueError(f"the tokenizer's config names the special token {token!r}, which tokenizer.json lacks")
         return token, self.backend.token_to_id(token)
 
     def backend_encode(self, string, special_tokens):
@@ -466,24 +488,38 @@ class Tokenizer:
                 return answer, eos_id
             answer, eos_id = answer.rstrip().removesuffix(self.eos_texts[end]), end
 
-    def render(self, prompt, add_generation_prompt):
-        import jinja2.sandbox                                                # comes with torch
+    @functools.cached_property
+    def template(self):
+        """The chat template, compiled in a sandbox: it comes with the model and is nobody's to trust."""
+        import jinja2.ext                                                    # comes with torch
+        import jinja2.sandbox
 
         if not isinstance(self.chat_template, str):
             raise ValueError("the data are chat messages, but the model's tokenizer has no chat_template; use a chat "
                              "model, or rows with a prompt as text")
 
+        class Generation(jinja2.ext.Extension):                              # marks answers; found otherwise here
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                                   extensions=["jinja2.ext.loopcontrols"])
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
         environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.filters["tojson"] = lambda value, **more: json.dumps(value, **{"ensure_ascii": False, **more})
+        return environment.from_string(self.chat_template)
+
+    def render(self, prompt, add_generation_prompt):
         try:
-            template = environment.from_string(self.chat_template)
-            return template.render(messages=prompt, add_generation_prompt=add_generation_prompt, tools=None,
-                                   documents=None, **self.special)
+            return self.template.render(messages=prompt, add_generation_prompt=add_generation_prompt, tools=None,
+                                        documents=None, **self.special)
+        except ValueError:
+            raise
         except Exception as error:                                           # a template can raise anything
             raise ValueError(f"the chat template refused a dialogue ({' '.join(str(error).split())})") from None
 

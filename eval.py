@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data, micro_batches, read_rows)
+from data import SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data, micro_batches, read_rows
 from iopo import ADVERSARIES, clipped_ratio, iopo_loss, preference_margin, preference_probability, turns
 from model import Decoder, find_device, generate, response_logps
 
@@ -130,11 +130,13 @@ def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
 
 def examine(runs, options):
     """A JSON-able report on runs; the top of the file says what the numbers mean."""
-    world, name, pairs, prompts = questions(runs, options)
-    results, notes = {}, []
+    world, name, pairs, prompts, notes = questions(runs, options)
+    results = {}
     for run in runs:
         tokenizer = same_tokenizer(run)
-        rows, prompts, note = select(run, tokenizer, pairs, prompts, options)
+        rows, _, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
+        if not rows and options.data is not None:
+            raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
         with tqdm(total=len(run.models) * (len(rows) + 2 * len(prompts)), desc=f"examining {run.name}") as bar:
             for label, folder in run.models.items():
                 model = Decoder.from_pretrained(folder).to(find_device(options.device))
@@ -158,29 +160,25 @@ def examine(runs, options):
 
 
 def questions(runs, options):
-    """(the safe world or None, name of the data, held-out pairs, held-out prompts or None: those of the pairs)."""
-    if options.data is not None:
-        pairs, note = load_data(options.data)
-        if Path(options.data).is_file():
-            return None, options.data, pairs, None
-        return None, f"{note}, held-out pairs", [pair for pair in pairs if pair.held_out], None
-    if len({(run.config["data"], run.config.get("leave_out")) for run in runs}) > 1:
-        raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
-    if runs[0].config["data"] is not None:
-        pairs, note = load_data(runs[0].config["data"], runs[0].config.get("leave_out"))
-        return None, f"{note}, held-out pairs", [pair for pair in pairs if pair.held_out], None
-    world = SafeWorld()                                            # the same examination whatever seed trained a run
-    return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), shuffled_prompts("test")
-
-
-def select(run, tokenizer, pairs, prompts, options):
-    """(rows of the pairs, the prompts to answer, a note): prompts None becomes those of the pairs that can be used."""
-    rows, kept, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
-    if not rows and options.data is not None:
-        raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
-    if prompts is None:
-        prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
-    return rows, prompts[:run.config["eval_prompts"] if options.prompts is None else options.prompts], note
+    """(the safe world or None, what is examined, held-out pairs, prompts to answer, notes on what was read)."""
+    limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
+    data, leave_out = options.data, None
+    if data is None:
+        if len({(run.config["data"], run.config.get("leave_out")) for run in runs}) > 1:
+            raise ValueError("the runs were trained on different data; say by --data on which pairs to examine them")
+        data, leave_out = runs[0].config["data"], runs[0].config.get("leave_out")
+    if data is None:                                               # the same examination whatever seed trained a run
+        world = SafeWorld()
+        return (world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS),
+                shuffled_prompts("test")[:limit], [])
+    pairs, note = load_data(data, leave_out)
+    name = f"all pairs of {data}"
+    if options.data is None or not Path(data).is_file():
+        pairs, name = [pair for pair in pairs if pair.held_out], f"the held-out pairs of {data}"
+    first, length = Tokenizer.from_pretrained(runs[0].protagonist), runs[0].config["max_length"]
+    kept = encode_pairs(pairs, first, length)[1]                   # prompts of pairs that can be used
+    prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
+    return None, name, pairs, prompts[:limit], [note]
 
 
 def shuffled_prompts(split):
@@ -236,7 +234,7 @@ def compare(result, other, prompts, world, answers="sampled"):
     if world is None or not prompts:                               # no judge, or nothing to judge
         return dict.fromkeys(("win", "tie", "lose", "bad"))
     counts = dict.fromkeys(("win", "tie", "lose", "bad"), 0)
-    for prompt, (ours, _), (theirs, _) in zip(prompts, result[answers], other[answers]):
+    for prompt, (ours, _), (theirs, _) in zip(prompts, result[answers], other[answers], strict=True):
         advantage = world.true_reward(prompt, ours) - world.true_reward(prompt, theirs)
         both_bad = world.is_bad(prompt, ours) and world.is_bad(prompt, theirs)
         counts["bad" if both_bad else "win" if advantage > 0 else "lose" if advantage < 0 else "tie"] += 1
@@ -323,28 +321,27 @@ def write_answers(runs, options):
                          f"--answers {path}: there is no folder {path.parent}")
     if runs[0].protagonist.resolve() == runs[1].protagonist.resolve():
         raise ValueError("--answers needs two different RUNs")
-    _, name, pairs, prompts = questions(runs, options)
+    _, name, _, prompts, _ = questions(runs, options)
     columns = []
     for run in runs:
         tokenizer = Tokenizer.from_pretrained(run.protagonist)
-        _, prompts, _ = select(run, tokenizer, pairs, prompts, options)
         model = Decoder.from_pretrained(run.protagonist).to(find_device(options.device))
         ids, length, note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
                                         options.max_new_tokens)
-        print(f"{run.name}: {note}")
         with tqdm(total=len(prompts), desc=run.name) as bar:
             texts = answer(model, tokenizer, ids, length, options.temperature, options.seed, bar)
+        print(f"{run.name}: {note}; {sum(tokens == length for _, tokens in texts)} answers were cut off there")
         columns.append([(run.name, text) for text, _ in texts])
     lines, exchange = [], np.random.default_rng(options.seed).random(len(prompts)) < 0.5
-    for number, (prompt, *places) in enumerate(zip(prompts, *columns)):
+    for number, (prompt, *places) in enumerate(zip(prompts, *columns, strict=True)):
         (run_a, a), (run_b, b) = reversed(places) if number and exchange[number] else places
         line = {"prompt": prompt, "answer_a": a, "answer_b": b, "run_a": run_a, "run_b": run_b}
         lines.append(json.dumps(line) + "\n")
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(lines), encoding="utf-8")
     partial.replace(path)
-    print(f"wrote {len(lines)} prompts of {name} with two answers each to {path}; add score_a and score_b to every "
-          f"line and read them by: python eval.py --scores {path}")
+    print(f"wrote {len(lines)} prompts ({name}) with two answers each to {path}; add score_a and score_b to every line "
+          f"and read them by: python eval.py --scores {path}")
 
 
 def read_scores(options):

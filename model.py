@@ -96,16 +96,19 @@ class DecoderConfig:
         known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
         try:
             refuse_unsupported(source)
-            heads, eos = raw["num_attention_heads"], raw.get("eos_token_id")
+            heads, hidden_size, eos = raw["num_attention_heads"], raw["hidden_size"], raw.get("eos_token_id")
+            known |= {name: raw[name] for name in ("vocab_size", "intermediate_size", "num_hidden_layers")}
             known.setdefault("num_key_value_heads", heads)
-            known.setdefault("head_dim", raw["hidden_size"] // heads)
+            known.setdefault("head_dim", hidden_size // heads if heads else 0)
             known["rope_theta"], known["rope_scaling"] = read_rope(raw)
             config = cls(**known | {"source": source, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
             config.check()
             return config
         except KeyError as error:
             raise ValueError(f"{path}: has no {error.args[0]}, which the config of such a model needs") from None
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+        except TypeError as error:
+            raise ValueError(f"{path}: has something else where a number should be ({error})") from None
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def check(self):
@@ -132,8 +135,8 @@ class DecoderConfig:
             fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "source"}
             rope = {**(self.rope_scaling or {"rope_type": "default"}), "rope_theta": self.rope_theta}
             fields |= {"architectures": [self.family.architecture], "hidden_act": "silu", "rope_parameters": rope}
-            if self.model_type in ("mistral", "qwen2", "qwen3"):
-                fields |= {"sliding_window": None, "use_sliding_window": False}
+            if self.model_type == "mistral":
+                fields["sliding_window"] = None                     # absent would mean 4096
         fields = {**fields, dtype_name: str(dtype).removeprefix("torch.")}
         Path(path).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
@@ -141,22 +144,30 @@ class DecoderConfig:
 def refuse_unsupported(raw):
     """ValueError for what a config.json asks for and this decoder would silently compute otherwise."""
     kind, positions = raw.get("model_type"), raw.get("max_position_embeddings")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"model_type {kind!r} is not computed here, only {', '.join(FAMILIES)}")
     for name, right in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0,
                         "is_causal": True, "quantization_config": None}.items():
         if raw.get(name) is not None and raw[name] != right:
             raise ValueError(f"{name} {raw[name]!r} is not computed here, only {right!r}")
-    first_generation = "BaiChuan" in json.dumps(raw) and "z_loss_weight" not in raw
-    if kind == "baichuan" and (positions is None or first_generation or read_rope(raw) != (10000.0, None)):
-        raise ValueError("of the Baichuan models only Baichuan2-7B is computed here, neither the first generation (it "
-                         "spells its class BaiChuan), nor 13B (it has no max_position_embeddings), nor other rotary "
-                         "positions")
-    if kind == "mistral" or kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
-        window = raw.get("sliding_window", 4096)                                # what transformers takes for absent
-        if window is not None and (positions is None or window < positions):
-            raise ValueError(f"sliding_window {window} is not computed here; it changes nothing up to {window} tokens, "
-                             f"for which sliding_window null and max_position_embeddings {window} will do")
+    if kind == "baichuan":
+        # the first generation has W_pack too, but a plain head; it spells its class so, or has its own vocabulary
+        first = "z_loss_weight" not in raw and ("BaiChuan" in json.dumps(raw) or raw.get("vocab_size") == 64000)
+        if first or positions is None or read_rope(raw) != (10000.0, None):
+            raise ValueError("of the Baichuan models only Baichuan2-7B is computed here, neither the first generation, "
+                             "nor 13B (it has no max_position_embeddings), nor other rotary positions")
+    window = raw.get("sliding_window", 4096)                                    # what transformers takes for absent
+    if slides(raw) and window is not None and (positions is None or window < positions):
+        raise ValueError(f"sliding_window {window} is not computed here; it changes nothing up to {window} tokens, for "
+                         f"which sliding_window null and max_position_embeddings {window} will do")
+
+
+def slides(raw):
+    """Does any layer of this config.json look at sliding_window?"""
+    if raw["model_type"] in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
+        layers = raw.get("layer_types")
+        return "sliding_attention" in layers if layers else raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+    return raw["model_type"] == "mistral"
 
 
 def read_rope(raw):
@@ -165,7 +176,8 @@ def read_rope(raw):
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling or rope_parameters is {rope!r}, not a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", *ROPE_SCALINGS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    odd = rope.get("partial_rotary_factor", 1.0) != 1.0 or any(isinstance(value, dict) for value in rope.values())
+    if odd or kind not in ("default", *ROPE_SCALINGS):
         raise ValueError(f"rotary positions {rope!r} are not computed here, only default, {', '.join(ROPE_SCALINGS)}")
     theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
     if kind == "default":
@@ -359,17 +371,18 @@ class Decoder(nn.Module):
         for name in sorted(table.keys() ^ files.keys()):
             problem = "missing" if name in table else "not part of this model"
             raise ValueError(f"{folder}: tensor {name} is {problem}")
+        if head is not None:                                        # some store it twice
+            name = "model.embed_tokens.weight"
+            twice = read_tensor(head, "lm_head.weight", shapes[name]), read_tensor(files[name], name, shapes[name])
+            if not all(torch.equal(a.float(), b.float()) for a, b in zip(*(tensor.split(1024) for tensor in twice))):
+                raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
+            del twice
         weights = {}
         for name in sorted(table, key=lambda name: -sum(shapes[part].numel() for part in table[name])):
             rows = [shapes[part][0] for part in table[name]]
             expected = (sum(rows), *shapes[table[name][0]][1:])
             parts = read_tensor(files[name], name, expected).split(rows)
             weights |= {part: tensor.to(torch.float32, copy=True) for part, tensor in zip(table[name], parts)}
-            del parts                                               # it lies in the mapped file
-        if head is not None:                                        # some store it twice
-            embeddings = weights["model.embed_tokens.weight"]
-            if not torch.equal(read_tensor(head, "lm_head.weight", embeddings.shape).float(), embeddings):
-                raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their weights differ")
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -398,7 +411,10 @@ class Decoder(nn.Module):
             total = sum(tensor.nbytes for tensor in weights.values())
             content = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
             (folder / f"{SINGLE}.index.json").write_text(content + "\n", encoding="utf-8")
-        (folder / (f"{SINGLE}.index.json" if single else SINGLE)).unlink(missing_ok=True)     # of an earlier save
+            index["index"] = f"{SINGLE}.index.json"
+        for path in folder.glob("model*.safetensors*"):             # of an earlier save, in more or fewer shards
+            if path.name not in index.values():
+                path.unlink()
         self.config.to_json(folder / "config.json", next(self.parameters()).dtype)
 
 
@@ -445,8 +461,9 @@ def read_checkpoint(path, name=None):
             with safetensors.safe_open(path, framework="pt") as file:
                 return list(file.keys()) if name is None else file.get_tensor(name)
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-                   and value.device.type == "cpu" for key, value in tensors.items()):
+        if not isinstance(tensors, dict) or not all(
+                isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+                and value.device.type == "cpu" for key, value in tensors.items()):
             raise ValueError("it holds other things than plain tensors")
         return list(tensors) if name is None else tensors[name]
     except Exception as error:                                      # a damaged pickle can raise anything

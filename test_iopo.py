@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import shutil
@@ -342,8 +341,13 @@ def test_logits_equal_the_plain_decoder(shape, tmp_path):
     model.save_pretrained(tmp_path)
     ids = torch.randint(3, 53, (1, 24), generator=torch.Generator().manual_seed(1))
     expected = plain_logits(tmp_path, ids[0].tolist())
+    padded = torch.stack([F.pad(ids[0], (0, 6)), ids[0].roll(3).repeat(2)[:30]])
+    mask = torch.stack([torch.arange(30) < 24, torch.ones(30, dtype=torch.bool)])
     for decoder_ in (model, Decoder.from_pretrained(tmp_path)):
         torch.testing.assert_close(decoder_(ids)[0].double(), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(decoder_(padded, attention_mask=mask)[0, :24].double(), expected, rtol=1e-4, atol=1e-4)
+    prompts = [ids[0, :n].tolist() for n in (1, 7, 3, 12)]
+    assert generate(model, prompts, 8, 0, 2) == [greedy_alone(model, prompt, 8, (2,)) for prompt in prompts]
 
 
 def test_masks_and_positions():
@@ -410,6 +414,17 @@ def test_the_old_spelling_of_rope_and_the_shards_of_transformers(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     ids = torch.randint(3, 53, (1, 60))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ("inside", "outside", "both"))
+def test_where_theta_may_stand(where, tmp_path):
+    transformers, _ = transformers_model("llama, linear", tmp_path)
+    edit_json(tmp_path / "config.json", rope_parameters={"rope_type": "linear", "factor": 7.0} if where == "outside" else None,
+              rope_scaling={**LINEAR, **({} if where == "outside" else {"rope_theta": 300.0})})
+    raw = {name: value for name, value in json.loads((tmp_path / "config.json").read_text()).items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw | ({} if where == "inside" else {"rope_theta": 500.0})))
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 53, (1, 60))
     torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
@@ -525,6 +540,26 @@ def test_log_probs_and_dpo_loss_equal_trls(rows, tmp_path):
         torch.testing.assert_close(column, their_column, rtol=0, atol=1e-3)
     loss = iopo.dpo_loss(*logps).mean().item()
     assert loss == pytest.approx(trainer.compute_loss(theirs, batch).item(), abs=1e-4) and abs(loss - math.log(2)) > 1e-3
+
+
+def test_prompts_and_tokens_are_trls(tmp_path):
+    """Where both mean the same: text rows with and without a prompt, the EOS at the end, BOS, the seam."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    for chosen, rejected in (("The sky is blue.", "The sky is green."), ("a b", "a c"), ("The sky\nblue.", "The sky\nbright.")):
+        theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
+        ours = data.parse_row({"chosen": chosen, "rejected": rejected}, "")
+        assert (ours.prompt, ours.chosen, ours.rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+    folder = model_folder(tmp_path / "model")
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in SafeWorld().pairs("train", 20)]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    trainer = trl.DPOTrainer(model=model, ref_model=copy.deepcopy(model), train_dataset=datasets.Dataset.from_list(rows),
+                             processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+                             args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    for row, theirs in zip(rows, trainer.train_dataset, strict=True):
+        ours = tokenizer.encode_pair(data.parse_row(row, ""))
+        assert ours == (theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])
 
 
 def test_neither_answer_sees_the_other_nor_the_padding():
@@ -653,6 +688,14 @@ def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
     assert count > 2 and names == ["config.json"] + [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)] \
         + ["model.safetensors.index.json"]
     assert all((tmp_path / name).stat().st_size < 17000 for name in names)
+    more, other = tiny_model(vocab_size=100), tmp_path / "more"    # a save in more shards, and one in fewer over it
+    more.save_pretrained(other)
+    before = {path.name for path in other.iterdir()}
+    monkeypatch.setattr(decoder, "SHARD_BYTES", 30000)
+    more.save_pretrained(other)
+    files = set(json.loads((other / "model.safetensors.index.json").read_text())["weight_map"].values())
+    assert {path.name for path in other.iterdir()} == files | {"config.json", "model.safetensors.index.json"} != before
+    assert same(dict(Decoder.from_pretrained(other).state_dict()), dict(more.state_dict()))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
     for name, shard in index["weight_map"].items():
@@ -680,6 +723,27 @@ def test_pytorch_bins(tmp_path, shards):
     assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.items())
 
 
+def test_a_tied_head_that_is_stored_too(tmp_path):
+    model = tiny_model(tie_word_embeddings=True, vocab_size=3000)
+    model.save_pretrained(tmp_path)
+    edit_tensors(tmp_path / "model.safetensors", lambda t: t.update(
+        {"lm_head.weight": t["model.embed_tokens.weight"].half(), "model.embed_tokens.weight": t["model.embed_tokens.weight"].half()}))
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.lm_head is None and torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.half().float())
+    edit_tensors(tmp_path / "model.safetensors", lambda t: t["lm_head.weight"][2999, 31].add_(1))
+    with pytest.raises(ValueError, match="but their weights differ"):
+        Decoder.from_pretrained(tmp_path)
+
+
+def test_windows_that_no_layer_looks_at(tmp_path):
+    tiny_model(model_type="qwen2").save_pretrained(tmp_path)
+    for changes in (dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2), dict(use_sliding_window=False),
+                    dict(sliding_window=2048)):
+        edit_json(tmp_path / "config.json", **{"use_sliding_window": True, "sliding_window": 64, "layer_types": None,
+                                               "max_window_layers": 0, **changes})
+        Decoder.from_pretrained(tmp_path)
+
+
 MEMORY = """
 import sys, model
 def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -691,17 +755,19 @@ print((peak() - before) / sum(parameter.nbytes for parameter in decoder.paramete
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's peak memory from")
-@pytest.mark.parametrize("form", ("safetensors", "bfloat16", "bin"))
+@pytest.mark.parametrize("form", ("safetensors", "bfloat16", "bin", "tied"))
 def test_loading_needs_little_more_than_the_model(tmp_path, form):
     """50 million parameters, a third of them embeddings; the peak of a fresh process over the model's own size."""
-    config = DecoderConfig(32000, 512, 1408, 10, 8, 4, 64)
+    config = DecoderConfig(32000, 512, 1408, 15 if form == "tied" else 10, 8, 4, 64, tie_word_embeddings=form == "tied")
     model = Decoder(config)
     assert 45e6 < sum(parameter.numel() for parameter in model.parameters()) < 65e6
     model.to(torch.bfloat16 if form == "bfloat16" else torch.float32).save_pretrained(tmp_path)
     if form == "bin":
         as_bin(tmp_path)
+    if form == "tied":                                             # the file stores the head all the same
+        edit_tensors(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True, text=True, check=True)
-    assert 0.9 < float(out.stdout) < 1.3, out.stdout
+    assert 0.9 < float(out.stdout) < 1.1, out.stdout
 
 
 def test_shards_and_both_spellings_of_rope(tmp_path):
@@ -745,6 +811,15 @@ class Malicious:
         return os.mkdir, ("it ran",)
 
 
+def twice(folder):
+    """Two shards, both with the last norm."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    safetensors.torch.save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "model-2.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {"a": "model-1.safetensors", "model.norm.weight": "model-2.safetensors"}}))
+
+
 BROKEN_MODELS = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
@@ -753,7 +828,11 @@ BROKEN_MODELS = {
     "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
     "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
     "mixture of experts": (lambda f: edit_json(f / "config.json", model_type="mixtral"), "model_type 'mixtral'"),
-    "a list for the family": (lambda f: edit_json(f / "config.json", model_type=["llama"]), "config.json: "),
+    "a list for the family": (lambda f: edit_json(f / "config.json", model_type=["llama"]), "model_type ['llama']"),
+    "no vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=None), "config.json: has no vocab_size"),
+    "no heads": (lambda f: edit_json(f / "config.json", num_attention_heads=0, head_dim=None, num_key_value_heads=None),
+                 "num_attention_heads is 0"),
+    "rope by kind of layer": (lambda f: edit_json(f / "config.json", rope_parameters={"full_attention": LINEAR}), "are not computed here"),
     "scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling=None, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
     "old scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}), "'dynamic'"),
     "rope is text": (lambda f: edit_json(f / "config.json", rope_scaling="linear"), "is 'linear', not a JSON object"),
@@ -769,6 +848,7 @@ BROKEN_MODELS = {
     "too many rows": (lambda f: edit_json(f / "config.json", vocab_size=2**31 - 1), "vocab_size is 2147483647"),
     "turned baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", rope_theta=500.0, rope_parameters=None),
                         "nor other rotary"),
+    "baichuan's vocabulary": (lambda f: edit_json(f / "config.json", model_type="baichuan", vocab_size=64000), "first generation"),
     "named baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", architectures=None,
                                            auto_map={"AutoModel": "modeling_baichuan.BaiChuanForCausalLM"}), "neither the first generation"),
     "half rotated": (lambda f: edit_json(f / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
@@ -776,7 +856,10 @@ BROKEN_MODELS = {
     "sliding by default": (lambda f: (f / "config.json").write_text(json.dumps({
         **{k: v for k, v in json.loads((f / "config.json").read_text()).items() if k != "sliding_window"},
         "model_type": "mistral", "max_position_embeddings": 32768})), "sliding_window 4096"),
-    "sliding qwen": (lambda f: edit_json(f / "config.json", model_type="qwen2", sliding_window=64, use_sliding_window=True),
+    "sliding layers": (lambda f: edit_json(f / "config.json", model_type="qwen3", sliding_window=64, use_sliding_window=True,
+                                           layer_types=["full_attention", "sliding_attention"]), "sliding_window 64"),
+    "sliding qwen": (lambda f: edit_json(f / "config.json", model_type="qwen2", sliding_window=64, use_sliding_window=True,
+                                         max_window_layers=1),
                      "sliding_window 64"),
     "no key norm": (lambda f: edit_json(f / "config.json", model_type="qwen3", sliding_window=None),
                     "tensor model.layers.0.self_attn.k_norm.weight is missing"),
@@ -795,7 +878,11 @@ BROKEN_MODELS = {
     "a shard is not there": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "model-1.safetensors"}}')), "model-1.safetensors: cannot be read"),
     "a truncated bin": (lambda f: as_bin(f, lambda content: content[:-50]), "pytorch_model.bin: cannot be read"),
-    "a bin of code": (lambda f: as_bin(f, lambda content: pickle.dumps(Malicious())), "pytorch_model.bin: cannot be read"),
+    "a bin of code": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": Malicious()}, f / "pytorch_model.bin")),
+                      "pytorch_model.bin: cannot be read"),
+    "two heads": (lambda f: (edit_tensors(f / "model.safetensors", lambda t: t["lm_head.weight"].mul_(2)),
+                             edit_json(f / "config.json", tie_word_embeddings=True)), "but their weights differ"),
+    "a tensor twice": (lambda f: twice(f), "tensor model.norm.weight is in another shard too"),
     "a bin of something": (lambda f: ((f / "model.safetensors").unlink(), torch.save([1], f / "pytorch_model.bin")),
                            "pytorch_model.bin: cannot be read"),
     "a sparse bin": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": torch.eye(2).to_sparse()}, f / "pytorch_model.bin")),
@@ -817,13 +904,14 @@ BROKEN_MODELS = {
 
 
 @pytest.mark.parametrize("name", BROKEN_MODELS)
-def test_broken_models_are_refused(name, tmp_path):
+def test_broken_models_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained(tmp_path)
     damage, message = BROKEN_MODELS[name]
     damage(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Decoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "it ran").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -940,6 +1028,7 @@ def test_datasets_as_they_are_published(tmp_path, suffix):
     assert len(pairs) == 40 and "no" not in [pair.chosen for pair in pairs] and {pair.rejected for pair in pairs} == {"bad"}
     assert pairs[7] == Pair([turn("user", "q7"), turn("assistant", "hm"), turn("user", "go on")], "good7", "bad")
     assert 0 < sum(pair.held_out for pair in pairs) < 8 and "1 train and 0 test files: one prompt in twenty" in note
+    assert "columns not read: chosen_model, conversation, generation_prompt" in note
 
     everything, _ = data.load_data(tmp_path / "mix")
     kept, note = data.load_data(tmp_path / "mix", "toxic-dpo")
@@ -953,6 +1042,10 @@ def test_datasets_as_they_are_published(tmp_path, suffix):
     pairs, note = data.load_data(tmp_path / "feedback")
     assert [(pair.chosen, pair.held_out) for pair in pairs] == [("good0", False), ("good1", False), ("good2", True), ("good3", True)]
     assert pairs[0].prompt == [turn("user", "q0")] and "1 train and 1 test files" in note and "train_sft" in note and "test_gen" in note
+
+    (tmp_path / f"mix/data/train-00001-of-00002-0a1b{suffix}").unlink()                # a download that was not finished
+    with pytest.raises(ValueError, match="has 1 of the 2 files"):
+        load_pairs(tmp_path / "mix")
 
     assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "train")] == [" good0", " good1"]
     assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "test")] == [" good2", " good3"]
@@ -1008,10 +1101,32 @@ def test_hub_names(offline, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["runs"][0]["accuracy"] is not None
     for arguments in (["--model", "no/model", "--data", "some/pairs"], ["--model", "some/model", "--data", "no/pairs"]):
         message = refused(train.main, [*arguments, "--out", "other"], capsys)
-        assert "neither a path here nor a" in message and arguments[1] in message or arguments[3] in message
+        assert "neither a path here nor a" in message and (arguments[1] in message or arguments[3] in message)
     assert not (tmp_path / "other").exists()
     shutil.rmtree(offline)
     assert "--sft" in refused(examination.main, ["run"], capsys)
+
+
+@pytest.mark.parametrize("weights", (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"],
+                                     ["model-1-of-2.safetensors", "model.safetensors.index.json"],
+                                     ["pytorch_model.bin", "optimizer.bin"], ["pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json"]))
+def test_what_is_downloaded_of_a_model(weights, tmp_path, monkeypatch):
+    """What is read, and no weights twice, by huggingface_hub's own reading of the patterns."""
+    import huggingface_hub
+    read = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "modeling_x.py"]
+    repository, got = read + weights + ["README.md", "onnx/config.json", "original/consolidated.00.pth", "model.gguf"], set()
+
+    def snapshot_download(name, repo_type, allow_patterns, ignore_patterns):
+        assert (name, repo_type) == ("some/model", "model")
+        for file in huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            got.add(file)
+            (tmp_path / file).touch()
+        return str(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert data.find_source("some/model", "model") == tmp_path
+    unread = {"consolidated.safetensors", "optimizer.bin"} | ({"pytorch_model.bin"} if weights[0] == "model.safetensors" else set())
+    assert got == set(read + weights) - unread
 
 
 @pytest.mark.parametrize("name", ("a/b/c", "../a", "/a", "a b", "a/b.jsonl", "a.parquet", "./a", "a/../b"))
@@ -1041,8 +1156,12 @@ BAD_FILES = {
     "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}', "line 3: has no chosen"),
     "no rejected": ("pairs.json", b'[{"prompt": "p", "chosen": "r"}]', "row 1: has no rejected"),
     "a question unread": ("pairs.jsonl", b'{"system": "s", "question": "q", "chosen": "a b", "rejected": "a c"}',
-                          "line 1: has system and question, which is not read"),
-    "a system unread": ("pairs.jsonl", b'{"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}', "line 1: has system, which"),
+                          "line 1: has question, but no prompt"),
+    "a system beside messages": ("pairs.jsonl", json.dumps({"system": "s", "chosen": TALK[1:] + [turn("assistant", "a")],
+                                                            "rejected": TALK[1:] + [turn("assistant", "b")]}).encode(), "line 1: has a system"),
+    "no answer after the prompt": ("pairs.jsonl", json.dumps({"prompt": TALK, "chosen": TALK, "rejected": TALK}).encode(),
+                                   "line 1: chosen is the prompt once more"),
+    "a system unread": ("pairs.jsonl", b'{"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}', "line 1: has a system message of its own"),
     "not parquet": ("pairs.parquet", b"PAR1 or so", "cannot be read as parquet"),
     "a column that is missing": ("pairs.parquet", "no rejected", "row 1: has no rejected"),
     "wrong type": ("pairs.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}', "line 1: chosen must be text, not a int"),
@@ -1166,7 +1285,7 @@ def test_chat_template():
     pair = Pair([turn("user", "c")], "d<|im_end|></s>", "x")       # the end that the template writes, once
     assert Tokenizer(files).encode_pair(pair) == (prompt, [7, 13], [9, 13])
     assert Tokenizer(files).encode_pair(Pair("c", "d<|im_end|></s> ", "x")) == ([0, 6], [7, 1], [9, 1])
-    for template, message in ((None, "no chat_template"), (["a", None, {"name": []}, {"name": "default"}], "no chat_template"),
+    for template, message in (("{{ ''.__class__.__mro__ }}", "is unsafe|refused a dialogue"), (None, "no chat_template"), (["a", None, {"name": []}, {"name": "default"}], "no chat_template"),
                               ("{{ raise_exception('two\nlines') }}", r"refused a dialogue \(two lines\)"), ("{{ raise_exception('no system') }}", "no system"),
                               ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
         with pytest.raises(ValueError, match=message):
@@ -1182,7 +1301,7 @@ TEMPLATES = {                                                      # in the mann
                "{% if system is defined and loop.first %}{{ system }}{% endif %}{{ m.content }}y{% else %}{{ m.content + eos_token }}"
                "{% endif %}{%- endfor %}",
     "odd": "{%- set ns = namespace(n=0) %}{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ pad_token }}{{ ns.n }}"
-           "{% if documents %}c{% endif %}<|im_end|>{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
+           "{% if documents %}c{% endif %}{{ m | tojson(sort_keys=true, indent=1) }}{% generation %}{{ m.role }}{% endgeneration %}<|im_end|>{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
            "{% if add_generation_prompt %}{% endif %}",
 }
 
@@ -1843,7 +1962,7 @@ def test_a_run_of_another_family_is_saved_as_it_came(family, tmp_path, capsys):
     out = capsys.readouterr().out
     kept = [pair for pair in load_pairs(tmp_path / "pairs.jsonl") if pair.source != "s1"]
     assert "left out 40 rows of source s1" in out and f"{sum(not pair.held_out for pair in kept)} pairs kept" in out
-    assert f"examined on {tmp_path / 'pairs.jsonl'} has no test split: one prompt in twenty" in out
+    assert f"examined on the held-out pairs of {tmp_path / 'pairs.jsonl'}" in out and out.count("one prompt in twenty") == 2
     assert f"{sum(pair.held_out for pair in kept)} of {sum(pair.held_out for pair in kept)} pairs kept" in out
     player = tmp_path / "run/protagonist"
     assert {path.name for path in player.iterdir()} == {path.name for path in folder.iterdir()}
@@ -1927,6 +2046,10 @@ def test_examination(tmp_path, capsys):
     examination.main([flags[0], "--sft", str(tmp_path / "a/adversary"), "--json", "--prompts", "1"])
     other = json.loads(capsys.readouterr().out)["runs"][0]
     assert other["margin_vs_sft"] == pytest.approx(a["margin_vs_env"], abs=1e-7)
+    edit_json(tmp_path / "b/config.json", eval_prompts=1)          # the first run says how many prompts all of them answer
+    examination.main([*flags[:2], "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["prompts"] == 2 and sum(report["runs"][1]["first_against_this"].values()) == 2
     stranger = model_folder(tmp_path / "stranger")
     (stranger / "tokenizer.json").write_bytes(word_tokenizer().files["tokenizer.json"])
     assert "another tokenizer" in refused(examination.main, [flags[0], "--sft", str(stranger)], capsys)
@@ -1946,13 +2069,18 @@ def test_a_judge_from_outside(tmp_path, capsys, monkeypatch):
     examination.main(["a", "b", "--json", "--prompts", "30"])
     report = json.loads(capsys.readouterr().out)
     examination.main(["a", "b", "--answers", "answers.jsonl", "--prompts", "30"])
-    assert "wrote 30 prompts of the safe world" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "wrote 30 prompts (the safe world" in out and re.search("a: 30 prompts.* 48 tokens.*; [0-9]+ answers were cut off", out)
     lines, world = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()], SafeWorld()
     for line, sample in zip(lines, report["samples"]):
         assert {line["run_a"]: line["answer_a"], line["run_b"]: line["answer_b"]} == \
             {name: sample["answers"][f"{name} protagonist"] for name in "ab"}
     firsts = [line["run_a"] for line in lines]
     assert len(lines) == 30 and firsts[0] == "a" and 5 < firsts.count("b") < 25
+    exchanging = next(seed for seed in range(9) if np.random.default_rng(seed).random() < 0.5)         # its first line too
+    examination.main(["a", "b", "--answers", "again.jsonl", "--prompts", "2", "--seed", str(exchanging)])
+    assert json.loads(Path("again.jsonl").read_text().splitlines()[0])["run_a"] == "a"
+    capsys.readouterr()
     for line in lines:
         line |= {f"score_{place}": world.true_reward(line["prompt"], line[f"answer_{place}"]) for place in "ab"}
     write_rows(Path("judged.jsonl"), lines)
