@@ -468,7 +468,7 @@ def check_judging(options):
 # ----------------------------------------------------------------------------------------------------------
 # The reproduction: which runs
 
-SEEDS, ABLATION_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+SEEDS, ABLATION_SEEDS = tuple(range(10)), (0, 1, 2)
 TUNING_SEEDS = (100, 101, 102)                             # other pairs, first weights and SFT models than SEEDS
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)                     # the candidates for every row: learning rate
 STEPS = (50, 100, 150)                                     # and optimiser steps of the protagonist
