@@ -748,7 +748,8 @@ def summarize(seen, seeds):
                          **{name: [[turn[name] for turn in run] for run in measured]
                             for name in ("margin", "accuracy", "tokens", "reward", "judge")}}
     against = {f"{ours} against {theirs}, {answers}":
-               [compare(a, b, prompts * TEST_SAMPLES, world, answers) for a, b in zip(models[ours], models[theirs])]
+               [compare(a, b, prompts * (1 if answers == "greedy" else TEST_SAMPLES), world, answers)
+                for a, b in zip(models[ours], models[theirs])]
                for ours, others, answers in (("IOPO", TABLE1, "sampled"), ("IOPO online", TABLE2, "greedy"))
                for theirs in others if theirs != ours}
     margins = {label: torch.stack([preference_margin(*model["logps"], *sft["logps"], beta=EXAM_BETA)
