@@ -76,12 +76,12 @@ class DecoderConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None            # rope_type and what ROPE_SCALINGS says it needs; None: not scaled
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
     pad_token_id: int | None = None
     model_type: str = "llama"
+    rope_scaling: dict | None = None            # rope_type and what ROPE_SCALINGS says it needs; None: not scaled
     source: dict | None = field(default=None, compare=False, repr=False)      # the config.json it was read from
 
     @property
