@@ -1352,6 +1352,13 @@ def test_a_sentencepiece_model_becomes_a_tokenizer(rules, tmp_path):
         with pytest.raises(ValueError, match="which mark the turns of Baichuan2"):
             data.convert_tokenizer(tmp_path)
     assert not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "chat_template.jinja").exists()
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    if plain.get_piece_size() > 196:
+        (tmp_path / "generation_config.json").unlink()             # a base model says nothing: 195 and 196
+        data.convert_tokenizer(tmp_path)
+        template = (tmp_path / "chat_template.jinja").read_text()
+        assert plain.id_to_piece(195) in template and plain.id_to_piece(196) in template and "USER" not in template
+        (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "generation_config.json").write_text('{"user_token_id": 3, "assistant_token_id": 4}')
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": false}')
     said = data.convert_tokenizer(tmp_path)
