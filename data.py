@@ -246,6 +246,13 @@ def read_object(name, content):
     return value
 
 
+def replace_file(path, content):
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 def parse_row(row, origin):
     """One row to a Pair, by its shape."""
     if not isinstance(row, dict):
@@ -890,7 +897,7 @@ def convert_tokenizer(folder):
     other = [sample for sample in samples if backend.encode(sample).ids != original.encode(sample)]
     files["tokenizer.json"] = backend.to_str(pretty=True)
     for name, text_ in files.items():
-        path.with_name(name).write_text(text_, encoding="utf-8")
+        replace_file(path.with_name(name), text_.encode())
     return (f"wrote {' and '.join(files)} to {folder}; of {len(samples)} texts made of its pieces it reads "
             f"{len(other)} otherwise than sentencepiece" + (f", such as {other[0]!r}" if other else ""))
 

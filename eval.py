@@ -39,7 +39,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data, micro_batches, read_rows
+from data import (SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data, micro_batches, read_rows,
+                  replace_file)
 from iopo import ADVERSARIES, clipped_ratio, iopo_loss, preference_margin, preference_probability, turns
 from model import Decoder, find_device, generate, response_logps
 
@@ -130,11 +131,13 @@ def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
 
 def examine(runs, options):
     """A JSON-able report on runs; the top of the file says what the numbers mean."""
-    world, name, pairs, prompts, notes = questions(runs, options)
-    results = {}
+    world, name, pairs, notes = questions(runs, options)
+    prompts, results = None, {}
     for run in runs:
         tokenizer = same_tokenizer(run)
-        rows, _, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
+        rows, kept, note = encode_pairs(pairs, tokenizer, run.config["max_length"])
+        if prompts is None:                                        # the first run's, for all of them
+            prompts = prompts_of(run, world, kept, options)
         if not rows and options.data is not None:
             raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
         with tqdm(total=len(run.models) * (len(rows) + 2 * len(prompts)), desc=f"examining {run.name}") as bar:
@@ -160,8 +163,7 @@ def examine(runs, options):
 
 
 def questions(runs, options):
-    """(the safe world or None, what is examined, held-out pairs, prompts to answer, notes on what was read)."""
-    limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
+    """(the safe world or None, what is examined, held-out pairs, notes on what was read)."""
     data, leave_out = options.data, None
     if data is None:
         if len({(run.config["data"], run.config.get("leave_out")) for run in runs}) > 1:
@@ -169,16 +171,20 @@ def questions(runs, options):
         data, leave_out = runs[0].config["data"], runs[0].config.get("leave_out")
     if data is None:                                               # the same examination whatever seed trained a run
         world = SafeWorld()
-        return (world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS),
-                shuffled_prompts("test")[:limit], [])
+        return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), []
     pairs, note = load_data(data, leave_out)
-    name = f"all pairs of {data}"
-    if options.data is None or not Path(data).is_file():
-        pairs, name = [pair for pair in pairs if pair.held_out], f"the held-out pairs of {data}"
-    first, length = Tokenizer.from_pretrained(runs[0].protagonist), runs[0].config["max_length"]
-    kept = encode_pairs(pairs, first, length)[1]                   # prompts of pairs that can be used
-    prompts = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
-    return None, name, pairs, prompts[:limit], [note]
+    if options.data is not None and Path(data).is_file():
+        return None, f"all pairs of {data}", pairs, [note]
+    return None, f"the held-out pairs of {data}", [pair for pair in pairs if pair.held_out], [note]
+
+
+def prompts_of(run, world, kept, options):
+    """The prompts to answer, as many as --prompts or the run says: the safe world's, or those of pairs that can be
+    used."""
+    limit = run.config["eval_prompts"] if options.prompts is None else options.prompts
+    if world is not None:
+        return shuffled_prompts("test")[:limit]
+    return list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())[:limit]
 
 
 def shuffled_prompts(split):
@@ -321,10 +327,13 @@ def write_answers(runs, options):
                          f"--answers {path}: there is no folder {path.parent}")
     if runs[0].protagonist.resolve() == runs[1].protagonist.resolve():
         raise ValueError("--answers needs two different RUNs")
-    _, name, _, prompts, _ = questions(runs, options)
-    columns = []
+    world, name, pairs, _ = questions(runs, options)
+    prompts, columns = None, []
     for run in runs:
         tokenizer = Tokenizer.from_pretrained(run.protagonist)
+        if prompts is None:                                        # the first run's, for both
+            kept = encode_pairs(pairs, tokenizer, run.config["max_length"])[1]
+            prompts = prompts_of(run, world, kept, options)
         model = Decoder.from_pretrained(run.protagonist).to(find_device(options.device))
         ids, length, note = fit_prompts(prompts, tokenizer, model.config.max_position_embeddings,
                                         options.max_new_tokens)
@@ -337,9 +346,7 @@ def write_answers(runs, options):
         (run_a, a), (run_b, b) = reversed(places) if number and exchange[number] else places
         line = {"prompt": prompt, "answer_a": a, "answer_b": b, "run_a": run_a, "run_b": run_b}
         lines.append(json.dumps(line) + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, "".join(lines).encode())
     print(f"wrote {len(lines)} prompts ({name}) with two answers each to {path}; add score_a and score_b to every line "
           f"and read them by: python eval.py --scores {path}")
 
@@ -628,7 +635,7 @@ def carry_out(task):
         except (train.Refused, FloatingPointError) as error:       # some candidates of the tuning are beyond saving
             result["failure"] = str(error)
     text = json.dumps(result)
-    train.replace_file(folder / "result.json", text.encode())
+    replace_file(folder / "result.json", text.encode())
     return json.loads(text)                                        # as it reads back
 
 
@@ -1152,8 +1159,6 @@ def recorded_tuning():
 
 def save_summary(summary, folder):
     """results.json, tuning.json and, where matplotlib is installed, the figures."""
-    from train import replace_file
-
     folder.mkdir(exist_ok=True)
     figures = []
     if importlib.util.find_spec("matplotlib") is None:

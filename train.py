@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Pair, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches
+from data import (Pair, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches,
+                  replace_file)
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, generate, response_logps
 
@@ -493,13 +494,6 @@ def open_metrics(out, done):
         raise Refused(f"{path}: has {len(lines)} lines, but the checkpoint is at step {done}; resume needs both whole")
     replace_file(path, b"".join(lines))
     return path.open("a")
-
-
-def replace_file(path, content):
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def is_finished(config):
