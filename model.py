@@ -97,7 +97,8 @@ class DecoderConfig:
         try:
             refuse_unsupported(source)
             heads, hidden_size, eos = raw["num_attention_heads"], raw["hidden_size"], raw.get("eos_token_id")
-            known |= {name: raw[name] for name in ("vocab_size", "intermediate_size", "num_hidden_layers")}  # or KeyError
+            # a KeyError names what is missing
+            known |= {name: raw[name] for name in ("vocab_size", "intermediate_size", "num_hidden_layers")}
             known.setdefault("num_key_value_heads", heads)
             known.setdefault("head_dim", hidden_size // heads if heads else 0)
             known["rope_theta"], known["rope_scaling"] = read_rope(raw)
