@@ -4,7 +4,7 @@
     tokenizer = Tokenizer.from_pretrained("model folder")    # or SafeWorld(seed=0).tokenizer()
     rows, kept, report = encode_pairs(pairs, tokenizer, max_length=512)
     for step_rows in batches(rows, batch_size=32, seed=0):   # endless
-        for batch in micro_batches(step_rows, max_tokens=4096):
+        for places, batch in micro_batches(step_rows, max_tokens=2048):
             ...                                              # a PairBatch: what model.response_logps takes
 
     python data.py FOLDER                                    # tokenizer.json from a SentencePiece tokenizer.model
@@ -20,7 +20,7 @@ import re
 import sys
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -595,22 +595,29 @@ def useless(pair):
 # ----------------------------------------------------------------------------------------------------------
 # Batches
 
+LONG_CONTEXT = 64           # tokens of a prompt from which on they are worth an attention call of their own
+
+
 @dataclass
 class PairBatch:
-    """B pairs as rows [prompt | chosen | rejected], padded on the right to T tokens.
+    """B pairs, one after another in a single row of T tokens, each [prompt | chosen | rejected].
 
-    Both answers go on at the position after the prompt, and neither sees the other, so a row computes what two
-    plain rows would, but the prompt once. An answer's last token (EOS) predicts nothing and is no input. The
-    2B answers, first all chosen, then all rejected, are padded to R tokens. For ([5, 6], [7, 8, 2], [9, 2]):
+    Both answers go on at the position after the prompt, and neither sees the other, so a pair computes what two
+    plain rows would, but the prompt once. An answer's last token (EOS) predicts nothing and is no input. The tokens
+    that predict one of an answer are the prompt's last and the answers' inputs; the prompt before them is context.
+    The 2B answers, first all chosen, then all rejected, are padded to R tokens. For ([5, 6], [7, 8, 2], [9, 2]):
 
         input_ids   5 6 7 8 9
         positions   0 1 2 3 2
-        chosen      predictors 1 2 3, targets 7 8 2         rejected    predictors 1 4, targets 9 2
+        lengths     (1, 4), wanted 1 2 3 4
+        chosen      predictors 0 1 2, targets 7 8 2         rejected    predictors 0 3, targets 9 2
     """
-    input_ids: torch.Tensor             # (B, T)
-    positions: torch.Tensor             # (B, T) rotary positions
-    attention_mask: torch.Tensor        # (B, T, T) boolean, True = may attend (model.py adds causality)
-    predictors: torch.Tensor            # (2B, R) the place in the row whose hidden state predicts this token
+    input_ids: torch.Tensor             # (1, T)
+    positions: torch.Tensor             # (1, T) rotary positions
+    wanted: torch.Tensor                # (M,) the places of the tokens that predict
+    predicting: list                    # how many of these each pair has
+    masks: list                         # of each pair (its last tokens, its tokens) float32, -inf = may not attend
+    predictors: torch.Tensor            # (2B, R) which of these predicts this token
     targets: torch.Tensor               # (2B, R) the answers' tokens
     mask: torch.Tensor                  # (2B, R) boolean, False = padding
 
@@ -624,33 +631,38 @@ class PairBatch:
                     raise ValueError(f"pair {number} has an empty {name}")
         if not rows:
             raise ValueError("a batch needs at least one pair")
-        inputs, positions, segments, predictors, targets = [], [], [], ([], []), ([], [])
+        inputs, positions, wanted, predicting, masks, predictors, targets = [], [], [], [], [], ([], []), ([], [])
         for prompt, *answers in rows:
-            row, place, segment = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+            context = len(prompt) - 1
+            first, start = len(wanted), len(inputs)
+            segments = [0] * len(prompt)                                     # 0 prompt, 1 chosen, 2 rejected
+            inputs += prompt
+            positions += range(len(prompt))
             for which, answer in enumerate(answers):
                 answer = [] if answer is None else list(answer)
-                start = len(row)                                             # where this answer's first token stands
-                predictors[which].append([len(prompt) - 1, *range(start, start + len(answer) - 1)] if answer else [])
+                place = first + len(segments) - context                      # of the answer's first input
+                predictors[which].append([first, *range(place, place + len(answer) - 1)] if answer else [])
                 targets[which].append(answer)
-                row += answer[:-1]
-                place += range(len(prompt), len(prompt) + len(answer) - 1)
-                segment += [1 + which] * (len(row) - start)
-            inputs.append(row)
-            positions.append(place)
-            segments.append(segment)
-        segments = pad(segments, -1)                                         # (B, T) 0 prompt, 1 chosen, 2 rejected
-        query, key = segments[:, :, None], segments[:, None, :]
-        return cls(input_ids=pad(inputs, 0), positions=pad(positions, 0),
-                   attention_mask=(key == 0) | (key == query) & (key > 0),   # (B, T, T)
-                   predictors=pad(predictors[0] + predictors[1], 0),
+                inputs += answer[:-1]
+                positions += range(len(prompt), len(prompt) + len(answer) - 1)
+                segments += [1 + which] * (len(answer) - 1)
+            wanted += range(start + context, len(inputs))
+            predicting.append(len(segments) - context)
+            masked = context if context >= LONG_CONTEXT else 0
+            key, place = torch.tensor(segments), torch.arange(len(segments))
+            sees = ((key == 0) | (key == key[masked:, None])) & (place <= place[masked:, None])
+            masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))                 # (m, T of this pair)
+        return cls(input_ids=torch.tensor([inputs]), positions=torch.tensor([positions]), 
+                   wanted=torch.tensor(wanted), predicting=predicting, masks=masks, predictors=pad(predictors[0] + predictors[1], 0),
                    targets=pad(targets[0] + targets[1], 0),
                    mask=pad([[1] * len(ids) for ids in targets[0] + targets[1]], 0).bool())
 
     def __len__(self):
-        return len(self.input_ids)
+        return len(self.masks)
 
     def to(self, device):
-        return PairBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, torch.Tensor)}
+        return replace(self, masks=[mask.to(device) for mask in self.masks], **moved)
 
     @property
     def chosen_lengths(self):
@@ -687,18 +699,16 @@ def batches(rows, batch_size, seed, start=0):
 
 
 def micro_batches(rows, max_tokens):
-    """The rows of one optimiser step, shortest first, cut into PairBatches of at most `max_tokens` tokens with
-    padding (a longer row is a batch by itself; None: a single batch)."""
-    def length(row):
-        return sum(len(ids) for ids in row if ids is not None)
-
-    group, out = [], []
-    for row in sorted(rows, key=length):
-        if group and max_tokens is not None and (len(group) + 1) * length(row) > max_tokens:
-            out.append(PairBatch.from_ids(group))
-            group = []
-        group.append(row)
-    return out + [PairBatch.from_ids(group)]
+    """The rows of one optimiser step, shortest first, cut into PairBatches of at most `max_tokens` tokens (a longer row
+    is a batch by itself; None: a single batch). A list of (the rows' places in `rows`, PairBatch)."""
+    lengths = [sum(len(ids) for ids in row if ids is not None) for row in rows]
+    groups, room = [], 0
+    for place in sorted(range(len(rows)), key=lengths.__getitem__):
+        if not groups or max_tokens is not None and lengths[place] > room:
+            groups, room = groups + [[]], max_tokens or 0
+        groups[-1].append(place)
+        room -= lengths[place]
+    return [(places, PairBatch.from_ids([rows[place] for place in places])) for places in groups]
 
 
 # ----------------------------------------------------------------------------------------------------------

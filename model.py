@@ -11,6 +11,7 @@ Parameter names are Hugging Face's own. Knows token ids and folders only: no tok
 Shapes: B rows, T tokens, D hidden size, H heads, K key/value heads, d head size, V vocabulary, S keys seen.
 """
 
+import functools
 import json
 import math
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import safetensors
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from safetensors.torch import save_file
 
 
@@ -205,21 +207,76 @@ def read_json(path):
 # The decoder
 
 def rotary(positions, config):
-    """cos and sin of the rotary angles, each (B, 1, T, d), float32; both halves of d turn by the same angles."""
+    """cos and sin of the rotary angles, each (B, 1, T, d), float32. Both halves of d turn by the same angles; the sines
+    of the first half are negated, as `rotate` wants them."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim        # (d/2)
     frequencies = 1 / config.rope_theta ** powers                                                   # (d/2)
     if config.rope_scaling is not None:
         scale, needed = ROPE_SCALINGS[config.rope_scaling["rope_type"]]
         frequencies = scale(frequencies, *(config.rope_scaling[name] for name in needed))
     angles = positions[:, None, :, None].float() * frequencies                                      # (B, 1, T, d/2)
-    angles = torch.cat([angles, angles], dim=-1)                                                    # (B, 1, T, d)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)                            # (B, 1, T, d)
 
 
 def rotate(x, cos, sin):
     """Rotary position embedding in the half-split layout of Hugging Face's Llama."""
     left, right = x.chunk(2, dim=-1)                                                                # (B, H, T, d/2)
-    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)                          # (B, H, T, d)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)                # (B, H, T, d)
+
+
+# Who sees whom: each of these is `attend` of Decoder.hidden, once its first arguments are given
+
+def attention(q, k, v, mask):
+    """What the queries (B, H, T, d) read from the keys and values (B, K, S, d): (B, H, T, d). `mask` is boolean, True =
+    may attend, and broadcasts to (B, H, T, S); None is plainly causal, with S = T. H is a multiple of K."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_causally(mask, layer, q, k, v):
+    """Rows of one sequence each. `mask` is (B, 1, T, T) as `causal` makes it, None for plainly causal."""
+    return attention(q, k, v, mask)
+
+
+def attend_pairs(batch, layer, q, k, v):
+    """A data.PairBatch, all its pairs in one row. Of each pair the last tokens see what its mask says, which has a row
+    for every one of them; those before, the beginning of a long prompt, are plainly causal. In the last layer only the
+    tokens that predict have queries, and they are among the last."""
+    tokens = [mask.shape[1] for mask in batch.masks]
+    if q.shape[2] == k.shape[2]:
+        sizes = [(mask.shape[1] - len(mask), len(mask)) for mask in batch.masks]
+    else:
+        sizes = [(0, predicting) for predicting in batch.predicting]
+    queries = iter(q.split([size for pair in sizes for size in pair if size], dim=2))
+    out = []
+    for (plain, masked), mask, k, v in zip(sizes, batch.masks, k.split(tokens, dim=2), v.split(tokens, dim=2)):
+        if plain:
+            out.append(attention(next(queries), k[:, :, :plain], v[:, :, :plain], None))            # (1, H, plain, d)
+        out.append(attention(next(queries), k, v, mask[-masked:]))                                  # (1, H, masked, d)
+    return torch.cat(out, dim=2)
+
+
+def attend_cached(cache, mask, layer, q, k, v):
+    """The tokens that follow those in a KVCache; `mask` is (B, 1, T or 1, S)."""
+    return attention(q, *cache.append(layer, k, v), mask[:, :, -q.shape[2]:])
+
+
+def causal(attention_mask, T):
+    """(B, T) or (B, T, T) boolean, or None, to the mask of `attend_causally`: (B, 1, T, T), or None for plainly causal.
+
+    Every position sees itself, so that no row of the softmax is empty; what a padding position computes is
+    read by nobody.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask must be boolean (True = may attend), not {attention_mask.dtype}")
+    if attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, None]                                                    # (B, 1, T)
+    positions = torch.arange(T, device=attention_mask.device)
+    earlier, itself = positions[:, None] > positions, positions[:, None] == positions               # (T, T)
+    return (attention_mask & earlier | itself)[:, None]                                             # (B, 1, T, T)
 
 
 class KVCache:
@@ -244,12 +301,11 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads."""
+    """Self-attention with grouped key/value heads; who sees whom is for `attend` to say, see Decoder.hidden."""
 
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.family.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.family.qkv_bias)
@@ -258,15 +314,12 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.family.qk_norm
                                     else nn.Identity() for _ in range(2))
 
-    def forward(self, x, cos, sin, mask, layer, cache):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).view(heads)).transpose(1, 2), cos, sin)               # (B, H, T, d)
-        k = rotate(self.k_norm(self.k_proj(x).view(heads)).transpose(1, 2), cos, sin)               # (B, K, T, d)
-        v = self.v_proj(x).view(heads).transpose(1, 2)                                              # (B, K, T, d)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                                                        # (B, K, S, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                          # (B, T, D)
+    def forward(self, x, cos, sin, attend, wanted):
+        q = self.q_norm(self.q_proj(x[:, wanted]).unflatten(2, (-1, self.head_dim))).transpose(1, 2)          # (B, H, Q, d)
+        k = self.k_norm(self.k_proj(x).unflatten(2, (-1, self.head_dim))).transpose(1, 2)                     # (B, K, T, d)
+        v = self.v_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)                                  # (B, K, T, d)
+        out = attend(rotate(q, cos[:, :, wanted], sin[:, :, wanted]), rotate(k, cos, sin), v)       # (B, H, Q, d)
+        return self.o_proj(out.transpose(1, 2).flatten(2))                                          # (B, Q, D)
 
 
 class MLP(nn.Module):
@@ -290,8 +343,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *attention_inputs):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+    def forward(self, x, cos, sin, attend, wanted):
+        x = x[:, wanted] + self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)        # (B, Q, D)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -313,6 +366,7 @@ class Decoder(nn.Module):
             "norm": nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.gradient_checkpointing = self.compiled = False
         for name, parameter in self.named_parameters():
             if parameter.is_meta:                                   # from_pretrained brings the values
                 continue
@@ -327,22 +381,40 @@ class Decoder(nn.Module):
         B, T = input_ids.shape
         if positions is None:
             positions = torch.arange(T, device=input_ids.device).expand(B, T)
-        return self.head(self.hidden(input_ids, positions, causal(attention_mask, T)))
+        return self.head(self.hidden(input_ids, positions, functools.partial(attend_causally, causal(attention_mask, T))))
 
-    def hidden(self, input_ids, positions, mask=None, cache=None):
-        """Final hidden states (B, T, D). `mask` is (B, 1, T, S) as `causal` makes it, None for plainly causal."""
+    def hidden(self, input_ids, positions, attend, wanted=slice(None)):
+        """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or a tensor of indices.
+
+        `attend(layer, q, k, v)` is given each layer's queries (B, H, T, d), keys and values (B, K, T, d), rotated, and
+        returns what they read. The last layer has queries at the wanted places alone: nobody reads the others.
+        """
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                                      # (B, T, D)
+        if self.compiled:
+            attend = torch.compiler.disable(attend)
         for layer, block in enumerate(self.model.layers):
-            x = block(x, cos, sin, mask, layer, cache)
+            last = layer == len(self.model.layers) - 1
+            inputs = x, cos, sin, functools.partial(attend, layer), wanted if last else slice(None)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x = block(*inputs)
         return self.model.norm(x)
+
+    def compile_layers(self):
+        """By torch.compile, for rows of any length; what attends stays as it is."""
+        self.compiled = True
+        for block in self.model.layers:
+            block.compile(dynamic=True)
 
     def head(self, hidden):
         """Vocabulary projection (..., D) -> (..., V), apart from `hidden` because it is needed at few positions."""
+        return F.linear(hidden, self.head_weight())
+
+    def head_weight(self):
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight    # (V, D)
-        if self.config.family.norm_head:
-            weight = F.normalize(weight, dim=-1)                    # the gradient passes through
-        return F.linear(hidden, weight)
+        return F.normalize(weight, dim=-1) if self.config.family.norm_head else weight              # with its gradient
 
     @property
     def device(self):
@@ -484,23 +556,6 @@ def read_tensor(path, name, shape):
     return tensor
 
 
-def causal(attention_mask, T):
-    """(B, T) or (B, T, T) boolean, or None, to the mask of `hidden`: (B, 1, T, T), or None for plainly causal.
-
-    Every position sees itself, so that no row of the softmax is empty; what a padding position computes is
-    read by nobody.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.dtype != torch.bool:
-        raise ValueError(f"attention_mask must be boolean (True = may attend), not {attention_mask.dtype}")
-    if attention_mask.dim() == 2:
-        attention_mask = attention_mask[:, None]                                                    # (B, 1, T)
-    positions = torch.arange(T, device=attention_mask.device)
-    earlier, itself = positions[:, None] > positions, positions[:, None] == positions               # (T, T)
-    return (attention_mask & earlier | itself)[:, None]                                             # (B, 1, T, T)
-
-
 def find_device(name):
     """A torch.device by name; "auto" is cuda where there is one, else cpu. ValueError if it is not to be had."""
     if name == "auto":
@@ -517,18 +572,47 @@ def find_device(name):
 # ----------------------------------------------------------------------------------------------------------
 # Response log-probabilities
 
+CHUNK = 512                 # tokens whose logits are in memory at once
+
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight^T) at the targets: hidden (N, D), weight (V, D), targets (N) -> (N), float32.
+
+    Logits exist for one chunk of tokens at a time; the backward pass computes them again. In it, the derivative of
+    log softmax(z)_target by z is onehot(target) - softmax(z).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        ctx.save_for_backward(hidden, weight, targets)
+        return torch.cat([-F.cross_entropy(F.linear(some, weight).float(), these, reduction="none")
+                          for some, these in zip(hidden.split(CHUNK), targets.split(CHUNK))])       # (N,)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for some, these, upstream in zip(hidden.split(CHUNK), targets.split(CHUNK), grad.split(CHUNK)):
+            by_logits = torch.softmax(F.linear(some, weight).float(), dim=1)                        # (n, V)
+            by_logits[torch.arange(len(these), device=these.device), these] -= 1
+            by_logits = by_logits.mul_(-upstream[:, None]).to(weight.dtype)
+            grad_hidden.append(by_logits @ weight)                                                  # (n, D)
+            grad_weight += by_logits.T @ some                                                       # (V, D)
+        return torch.cat(grad_hidden), grad_weight, None
+
+
 def response_logps(model, batch):
     """log pi(y_w|x) and log pi(y_l|x): two (B,) float32 tensors, summed over response tokens, EOS included.
 
-    `batch` is a data.PairBatch: rows [prompt | chosen | rejected] where rejected goes on at the prompt's
-    positions and does not see chosen. The token at place r of a response is predicted one position earlier,
-    the first one by the last prompt token; only those positions meet the vocabulary.
+    `batch` is a data.PairBatch: one row of [prompt | chosen | rejected] after another, where rejected goes on at the
+    prompt's positions and does not see chosen. The token at place r of a response is predicted one position earlier,
+    the first one by the last prompt token; only those positions leave the last layer and meet the vocabulary.
     """
-    hidden = model.hidden(batch.input_ids, batch.positions, causal(batch.attention_mask, batch.input_ids.shape[1]))
-    # the N response tokens of all 2B answers: the row each stands in, and the place there that predicts it
-    rows = torch.arange(len(batch), device=hidden.device).repeat(2)[:, None].expand_as(batch.mask)  # (2B, R)
-    logits = model.head(hidden[rows[batch.mask], batch.predictors[batch.mask]])                     # (N, V)
-    token_logps = -F.cross_entropy(logits.float(), batch.targets[batch.mask], reduction="none")     # (N,)
+    hidden = model.hidden(batch.input_ids, batch.positions, functools.partial(attend_pairs, batch), batch.wanted)[0]
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    hidden, weight = hidden.to(dtype), model.head_weight().to(dtype)                                # (M, D), (V, D)
+    # the N response tokens of all 2B answers
+    token_logps = TokenLogps.apply(hidden[batch.predictors[batch.mask]], weight, batch.targets[batch.mask])     # (N,)
     padded = token_logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, token_logps)        # (2B, R)
     return padded.sum(dim=1).chunk(2)                                                               # (B,), (B,)
 
@@ -560,7 +644,8 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
 
     answers = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)              # which prompt each row of the batch continues
-    hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), causal(positions[:, :longest] >= 0, longest), cache)
+    attend = functools.partial(attend_cached, cache, causal(positions[:, :longest] >= 0, longest))
+    hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), attend, wanted=slice(-1, None))
     for end in range(longest, longest + max_new_tokens):           # `end` tokens are in the cache
         logits = model.head(hidden[:, -1]).float()                                                  # (B, V)
         if temperature == 0:
@@ -577,6 +662,6 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
             answers[row].append(token)
         if len(alive) == 0 or end + 1 == longest + max_new_tokens:
             break
-        seen = (positions[:, :end + 1] >= 0)[:, None, None]                                         # (B, 1, 1, S)
-        hidden = model.hidden(next_ids[:, None], positions[:, end:end + 1], seen, cache)
+        attend = functools.partial(attend_cached, cache, (positions[:, :end + 1] >= 0)[:, None, None])     # (B, 1, 1, S)
+        hidden = model.hidden(next_ids[:, None], positions[:, end:end + 1], attend)
     return answers

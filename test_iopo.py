@@ -493,17 +493,102 @@ def two_row_logps(model, rows):
     return columns
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_gradients_equal_the_two_row_path(seed):
-    rows, model = random_rows(random.Random(seed), 7), tiny_model(seed)
-    coefficients = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed))
-    gradients = []
-    for logps in (response_logps(model, PairBatch.from_ids(rows)), two_row_logps(model, rows)):
-        model.zero_grad()
-        (coefficients * torch.stack(list(logps))).sum().backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
-    for name, expected in gradients[1].items():
-        assert (gradients[0][name] - expected).norm() <= 1e-4 * expected.norm(), name
+def weight_gradients(model, logps, coefficients):
+    model.zero_grad()
+    (coefficients * torch.stack(list(logps))).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_the_fast_path_equals_the_two_row_path(seed, monkeypatch):
+    """Log-probs to 1e-5, gradients to 1e-4 in norm for every tensor: any mix of lengths, one-token prompts and answers,
+    shared prefixes, prompts long enough to be attended on their own, logits in chunks, layers recomputed."""
+    rng = random.Random(seed)
+    shape = rng.choice(list(SHAPES.values()))
+    model = tiny_model(seed, **shape)
+    rows = random_rows(rng, rng.choice((1, 2, 7, 20)))
+    if seed % 3:
+        rows += [([rng.randrange(3, 53) for _ in range(rng.randrange(60, 80))], *row[1:]) for row in random_rows(rng, 2)]
+    rng.shuffle(rows)
+    monkeypatch.setattr(data, "LONG_CONTEXT", rng.choice((1, 3, 64)))
+    monkeypatch.setattr(decoder, "CHUNK", rng.choice((1, 5, 512)))
+    model.gradient_checkpointing = rng.random() < 0.3
+    coefficients = torch.randn(2, len(rows), generator=torch.Generator().manual_seed(seed))
+    logps = response_logps(model, PairBatch.from_ids(rows))
+    fast = weight_gradients(model, logps, coefficients)
+    expected_logps = two_row_logps(model, rows)
+    for column, expected in zip(logps, expected_logps):
+        torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
+    for name, expected in weight_gradients(model, expected_logps, coefficients).items():
+        assert (fast[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+
+
+def test_token_logps_against_autograd_in_float64():
+    """The closed-form derivative of TokenLogps, by finite differences and by autograd of a plain log softmax."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 6, generator=generator, requires_grad=True) for n in (9, 11))
+    targets, upstream = torch.randint(0, 11, (9,), generator=generator), torch.randn(9, generator=generator)
+    for chunk in (2, 9, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder, "CHUNK", chunk)
+            token_logps = decoder.TokenLogps.apply(hidden, weight, targets)
+            found = torch.autograd.grad(token_logps, (hidden, weight), upstream)
+        wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+        plain = torch.log_softmax(wide[0] @ wide[1].T, dim=1)[torch.arange(9), targets]
+        torch.testing.assert_close(token_logps.double(), plain, rtol=1e-5, atol=1e-6)
+        for ours, expected in zip(found, torch.autograd.grad(plain, wide, upstream.double())):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_logits_outlive_their_chunk(monkeypatch):
+    """What is saved for the backward pass holds no (tokens, V) tensor, and no matrix product makes more than a chunk."""
+    model = tiny_model(vocab_size=1009)
+    batch = PairBatch.from_ids(random_rows(random.Random(0), 12))
+    monkeypatch.setattr(decoder, "CHUNK", 7)
+    saved, made = [], []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *inputs: made.append(linear(*inputs)) or made[-1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+        logps = response_logps(model, batch)
+    torch.stack(logps).sum().backward()
+    assert batch.mask.sum() > 50 and (made := [out.shape for out in made if out.shape[-1] == 1009])
+    assert all(shape[0] <= 7 for shape in made) and sum(shape[0] for shape in made) == 2 * batch.mask.sum()
+    assert not any(1009 in shape and shape[0] != 1009 for shape in saved)
+
+
+def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all(monkeypatch):
+    """Counted where the work is: rows of every linear layer's input for a pair with a prompt of 40."""
+    model, seen = tiny_model(), Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: inputs[0].shape[1]}))
+    response_logps(model, PairBatch.from_ids([(list(range(3, 43)), [5, 6, 2], [7, 8, 9, 2])]))
+    last = len(model.model.layers) - 1
+    for name, tokens in seen.items():
+        few = f"layers.{last}." in name and not name.endswith(("k_proj", "v_proj"))
+        assert tokens == (1 + 2 + 3 if few else 40 + 2 + 3), name
+    assert len(seen) == 7 * (last + 1)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_layers_compute_the_same():
+    """Forward, gradients, generation, for batches of other lengths than the first; ENV, compiled too, agrees exactly."""
+    plain = tiny_model(2)
+    compiled, env = copy.deepcopy(plain), copy.deepcopy(plain)
+    compiled.compile_layers()
+    env.compile_layers()
+    for seed, n in ((0, 3), (1, 9), (2, 5)):
+        batch = PairBatch.from_ids(random_rows(random.Random(seed), n))
+        with torch.no_grad():
+            reference = torch.stack(response_logps(env, batch))
+        logps, expected = response_logps(compiled, batch), response_logps(plain, batch)
+        torch.testing.assert_close(torch.stack(logps), torch.stack(expected), rtol=1e-5, atol=1e-5)
+        assert torch.equal(torch.stack(logps), reference)
+        found = weight_gradients(compiled, logps, torch.ones(2, n))
+        for name, gradient in weight_gradients(plain, expected, torch.ones(2, n)).items():
+            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+    prompts = [[5, 6, 7], [8]]
+    assert generate(compiled, prompts, 6, 0, 2) == generate(plain, prompts, 6, 0, 2)
 
 
 @pytest.mark.parametrize("rows", ("hh", "chat", "random"))
@@ -1415,14 +1500,20 @@ def test_useless_and_long_pairs():
 
 # Batches
 
-def test_pair_batch_layout():
-    batch = PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2]), ([4], [3], [3])])
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 0, 0, 0, 0]]
-    assert batch.positions[0].tolist() == [0, 1, 2, 3, 2]
-    sees = [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert batch.attention_mask[0].int().tolist() == sees
-    assert batch.targets[batch.mask].tolist() == [7, 8, 2, 3, 9, 2, 3]
-    assert batch.predictors[batch.mask].tolist() == [1, 2, 3, 0, 1, 4, 0]
+@pytest.mark.parametrize("long_context", (2, 64))
+def test_pair_batch_layout(long_context, monkeypatch):
+    monkeypatch.setattr(data, "LONG_CONTEXT", long_context)
+    batch = PairBatch.from_ids([([4], [3], [3]), ([0, 5, 6], [7, 8, 2], [9, 2])])
+    assert len(batch) == 2
+    assert batch.input_ids.tolist() == [[4, 0, 5, 6, 7, 8, 9]]
+    assert batch.positions.tolist() == [[0, 0, 1, 2, 3, 4, 3]]
+    sees = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
+    assert batch.masks[0].tolist() == [[0.0]]
+    assert batch.masks[1].exp().int().tolist() == (sees[2:] if long_context == 2 else sees)
+    assert batch.wanted.tolist() == [0, 3, 4, 5, 6] and batch.predicting == [1, 4]
+    assert batch.targets[batch.mask].tolist() == [3, 7, 8, 2, 3, 9, 2]
+    assert batch.wanted[batch.predictors[batch.mask]].tolist() == [0, 3, 4, 5, 0, 3, 6]
+    assert PairBatch.from_ids([([5, 6], [7, 2], None)]).input_ids.tolist() == [[5, 6, 7]]
 
 
 @pytest.mark.parametrize("rows", ([], [([], [1], [1])], [([1], [], [1])], [([1], [1], [])], [([1], [1], [1]), ([1], [1], [])]))
@@ -1448,11 +1539,13 @@ def test_batches_visit_every_row_once_an_epoch_and_start_anywhere():
 
 def test_micro_batches_hold_every_row_within_the_budget():
     rows = random_rows(random.Random(0), 40)
-    cut = list(micro_batches(rows, max_tokens=60))
-    assert sum(map(len, cut)) == 40 and len(cut) > 5
-    assert all(batch.input_ids.numel() <= 60 for batch in cut if len(batch) > 1)
-    tokens = Counter(token for batch in cut for token in batch.targets[batch.mask].tolist())
-    assert tokens == Counter(token for row in rows for answer in row[1:] for token in answer)
+    cut = micro_batches(rows, max_tokens=60)
+    assert sorted(place for places, _ in cut for place in places) == list(range(40)) and len(cut) > 5
+    for places, batch in cut:
+        assert batch.targets[batch.mask].tolist() == [token for which in (1, 2) for place in places for token in rows[place][which]]
+    sizes = [sum(len(ids) for place in places for ids in rows[place]) for places, _ in cut]
+    assert all(size <= 60 for size, (places, _) in zip(sizes, cut) if len(places) > 1)
+    assert all(size + sum(map(len, rows[cut[k + 1][0][0]])) > 60 for k, size in enumerate(sizes[:-1]))      # none cut too early
     assert len(micro_batches(rows, None)) == 1
 
 
@@ -1638,6 +1731,81 @@ def test_gradient_does_not_depend_on_the_micro_batches(method, tmp_path):
         assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
         for name, tensor in weights.items():
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options,phases", [({"method": "dpo", "n_iter": 2}, [20]), ({"n_iter": 2, "n_nu": 10}, [10] * 4)])
+def test_env_is_asked_once_for_a_pair_while_it_is_frozen(options, phases, tmp_path, monkeypatch):
+    """60 pairs, 8 a step: a phase of ten steps sees some again, and ENV is asked for the others alone. The metrics are
+    those of a reference that is asked always."""
+    asked, metrics, compute, step = [], [], train.response_logps, train.optimizer_step
+
+    def watched(model, batch):
+        asked[-1] += 0 if torch.is_grad_enabled() else len(batch)
+        return compute(model, batch)
+
+    def twice(agent, env, optimizer, rows, loss, sign, config, known, numbers):
+        copied = copy.deepcopy(agent)
+        asked.append(0)
+        always = step(copied, env, torch.optim.SGD(copied.parameters(), lr=0.0), rows, loss, sign, config)
+        asked[-1] = 0
+        metrics.append((always, step(agent, env, optimizer, rows, loss, sign, config, known, numbers)))
+        return metrics[-1][1]
+
+    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
+    monkeypatch.setattr(train, "response_logps", watched)
+    monkeypatch.setattr(train, "optimizer_step", twice)
+    train.train(small_job(tmp_path, n_mu=10, lr=1e-4, sft_steps=0, **options))
+    streams = {player: batches(range(60), 8, seed=0) for player in ("protagonist", "adversary")}
+    for number, phase in enumerate(phases):
+        seen = set()
+        for _ in range(phase):
+            numbers = next(streams["adversary" if number % 2 else "protagonist"])
+            assert asked.pop(0) == sum(number not in seen for number in numbers)
+            seen.update(numbers)
+        assert len(seen) < 8 * phase
+    assert not asked
+    for always, once in metrics:
+        assert once == pytest.approx(always, rel=1e-4, abs=1e-4)
+    assert metrics[0][1]["margin"] == metrics[0][1]["margin_std"] == 0
+
+
+@pytest.mark.parametrize("killed_at", (6, 13, 14, 20))
+def test_a_killed_run_knows_what_env_said(killed_at, tmp_path, monkeypatch):
+    """60 pairs, 8 a step, turns of ten: resumed in the middle of one, and where one begins."""
+    def go(name, killed_at=None):
+        job = small_job(tmp_path / name, n_iter=1, n_mu=10, n_nu=10, save_every=1)
+        if killed_at is None:
+            return train.train(job)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
+            train.train(job)
+
+    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    go("whole")
+    go("killed", killed_at)
+    go("killed")
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("options", ({"gradient_checkpointing": True}, {"micro_tokens": 30}, {"dtype": "bfloat16"}))
+def test_options_that_cost_or_save_leave_the_gradient(options):
+    """Exactly (recomputed layers), to rounding (micro-batches), to bfloat16's (and there the same for any micro-batches)."""
+    def gradient(**options):
+        config = train.make_config({name: value for name, value in options.items()})
+        agent, env = tiny_model(0), tiny_model(1)
+        agent.gradient_checkpointing = config.gradient_checkpointing
+        train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=1.0), rows, "iopo", +1, config)
+        return flat(agent.parameters()) - flat(tiny_model(0).parameters())
+
+    rows = random_rows(random.Random(4), 12)
+    plain, other = gradient(), gradient(**options)
+    tolerance = {"gradient_checkpointing": 0, "micro_tokens": 1e-4, "dtype": 0.1}[next(iter(options))]
+    assert (other - plain).norm() <= tolerance * plain.norm()
+    if "dtype" in options:
+        assert not torch.equal(other, plain)
+        assert (gradient(**options, micro_tokens=30) - other).norm() <= 1e-2 * plain.norm()
 
 
 def flat(tensors):

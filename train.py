@@ -13,6 +13,7 @@ the optimisers' moments and one number.
 import argparse
 import copy
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Pair, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches,
+from data import (Pair, PairBatch, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches,
                   replace_file)
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, generate, response_logps
@@ -110,10 +111,13 @@ class Config:
     batch_size: int = option(32, "pairs per optimiser step", least=1)
     max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2,
                                     world=64, own="the model's positions, 1024 at most")
-    micro_tokens: int | None = option(4096, "tokens per forward pass with padding; less memory, same gradient", least=1)
+    micro_tokens: int | None = option(2048, "tokens per forward pass; less memory, same gradient", least=1)
+    gradient_checkpointing: bool = option(False, "keep each layer's input alone and compute the rest again in the "
+                                          "backward pass; less memory, a third more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
                         choices=("float32", "bfloat16"))
+    compile: bool = option(False, "compile the layers by torch.compile (needs a C++ compiler, on a GPU Triton)")
     save_every: int = option(100, "optimiser steps between checkpoints; 0: only the last", least=0)
     eval_prompts: int = option(100, "held-out prompts answered for the closing table; 0: none", least=0)
 
@@ -135,6 +139,9 @@ def parse_arguments(arguments):
         default = "" if field.default is None else f" (default {field.default})"
         if "world" in field.metadata:
             default = " (default {world} in the safe world, with --data {own})".format(**field.metadata)
+        if kind is bool:
+            parser.add_argument(flag_of(field.name), action="store_true", help=field.metadata["help"])
+            continue
         parser.add_argument(flag_of(field.name), type=kind, choices=field.metadata.get("choices"),
                             metavar=None if "choices" in field.metadata else kind.__name__.upper(),
                             help=field.metadata["help"].replace("%", "%%") + default)
@@ -279,17 +286,25 @@ def train(job, watch=None):
     method = METHODS[config.method]
     schedule = [(0, "sft")] * config.sft_steps + list(turns(config.rounds or config.n_iter, config.n_mu, config.n_nu))
     players = {"protagonist": job.model, "adversary": copy.deepcopy(job.model)}
+    for player in players.values():
+        player.gradient_checkpointing = config.gradient_checkpointing
+        if config.compile:
+            player.compile_layers()
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
     fingerprint = fingerprint_of(job.rows)
-    done = load_checkpoint(out, players, optimizers, fingerprint)
+    done, known = load_checkpoint(out, players, optimizers, fingerprint)
     if done > len(schedule):
         raise Refused(f"{out}: the checkpoint is at step {done}, but the run in config.json has {len(schedule)}")
     # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
-    sft_rows = [(prompt, chosen, None) for prompt, chosen, _ in job.rows]
-    streams = {player: batches(sft_rows if player == "sft" or method.loss == "sft" else job.rows, config.batch_size,
-                               config.seed, start=sum(player == other for _, other in schedule[:done]))
-               for player in optimizers}
+    rows = {"protagonist": job.rows, "adversary": job.rows, "sft": [(*row[:2], None) for row in job.rows]}
+    if method.loss == "sft":
+        rows["protagonist"] = rows["sft"]
+    exchange, sign = ADVERSARIES[config.adversary]
+    if exchange:
+        rows["adversary"] = [(prompt, rejected, chosen) for prompt, chosen, rejected in job.rows]
+    streams = {player: batches(range(len(job.rows)), config.batch_size, config.seed,
+                               start=sum(player == other for _, other in schedule[:done])) for player in rows}
     if done == 0 and config.model is None and config.sft_steps == 0:        # a start that is nowhere else on disk
         save_player(out / "sft", job.model, tokenizer)
 
@@ -301,21 +316,23 @@ def train(job, watch=None):
                 first = schedule.index(turn)
                 if step == first:                                  # ENV is the policy as the round begins, so that a
                     copy_weights(players["protagonist"], players["adversary"])            # resumed run samples again
-                new_rows, report = sample_pairs(players["adversary"], tokenizer, config, iteration)
-                streams[player] = batches(new_rows, config.batch_size, config.seed, start=step - first)
+                rows[player], report = sample_pairs(players["adversary"], tokenizer, config, iteration)
+                streams[player] = batches(range(len(rows[player])), config.batch_size, config.seed, start=step - first)
                 bar.write(f"round {iteration}: {report}")
+            before = schedule[step - 1] if step else turn
+            if player != before[1] or config.rounds and turn != before:
+                known = {}                                         # a new phase: another ENV, or other pairs
             current = turn
-            rows, sign = next(streams[player]), +1
             if player == "sft":
                 loss, agent, env = "sft", players["protagonist"], None
             elif player == "protagonist":                          # Algorithm 1, line 4: AGENT mu, ENV nu
                 loss, agent, env = method.loss, players["protagonist"], players["adversary"]
             else:                                                  # Algorithm 1, line 9: AGENT nu, ENV mu
                 loss, agent, env = method.loss, players["adversary"], players["protagonist"]
-                exchange, sign = ADVERSARIES[config.adversary]
-                if exchange:
-                    rows = [(prompt, rejected, chosen) for prompt, chosen, rejected in rows]
-            metrics = optimizer_step(agent, env if method.env else None, optimizers[player], rows, loss, sign, config)
+            numbers = next(streams[player])
+            metrics = optimizer_step(agent, env if method.env else None, optimizers[player],
+                                     [rows[player][number] for number in numbers], loss,
+                                     sign if player == "adversary" else +1, config, known, numbers)
 
             bar.set_description(f"{player} {iteration}/{config.rounds or config.n_iter}" if iteration else "sft")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
@@ -328,7 +345,7 @@ def train(job, watch=None):
                 save_player(out / "sft", players["protagonist"], tokenizer)
             if step + 1 == len(schedule) or (config.save_every and (step + 1) % config.save_every == 0):
                 metrics_file.flush()
-                save_checkpoint(out, step + 1, players, optimizers, fingerprint)
+                save_checkpoint(out, step + 1, players, optimizers, known, fingerprint)
             if watch is not None and turn not in schedule[step + 1:step + 2]:
                 watch(step + 1, iteration, player, players)
     save_player(out / "protagonist", players["protagonist"], tokenizer)
@@ -384,27 +401,37 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
+def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, numbers=None):
     """One step of AGENT on `rows`, with ENV frozen (None: the loss looks at no reference). Returns the metrics.
 
-    The gradient is that of the mean over all rows, in however many micro-batches they come. AGENT and ENV see
-    the same micro-batches, so where their weights agree, so do their log-probabilities, to the last bit.
+    The gradient is that of the mean over all rows, in however many micro-batches they come. `known` holds ENV's
+    log-probabilities by the rows' `numbers` and is filled here: while ENV stays frozen, a pair that comes again is not
+    computed again. Otherwise AGENT and ENV see the same micro-batches, so where their weights agree, so do their
+    log-probabilities, to the last bit.
     """
-    bfloat16 = torch.autocast(agent.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    known, numbers = {} if known is None else known, range(len(rows)) if numbers is None else numbers
+    autocast = functools.partial(torch.autocast, agent.device.type, torch.bfloat16)
     wanted = inspect.signature(LOSSES[loss]).parameters
     seen = []
-    for batch in micro_batches(rows, config.micro_tokens):
-        batch = batch.to(agent.device)
-        with bfloat16:
+    with autocast(enabled=config.dtype == "bfloat16"):             # around all, so that weights are converted once
+        for places, batch in micro_batches(rows, config.micro_tokens):
+            batch, env_logps = batch.to(agent.device), (None, None)
             logps = response_logps(agent, batch)
-            with torch.no_grad():
-                env_logps = response_logps(env, batch) if env is not None else (None, None)
-        options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
-        options = {name: value for name, value in options.items() if name in wanted}
-        losses = sign * LOSSES[loss](*logps, *env_logps, **options)                                 # (B,)
-        (losses.sum() / len(rows)).backward()
-        seen.append(dict(losses=losses, logps=torch.stack(logps), lengths=batch.rejected_lengths,
-                         **({"env_logps": torch.stack(env_logps)} if env is not None else {})))
+            if env is not None:
+                new = [place for place in places if numbers[place] not in known]
+                if new:
+                    env_batch = batch if new == places else PairBatch.from_ids([rows[place] for place in new])
+                    with torch.no_grad():
+                        new_logps = torch.stack(response_logps(env, env_batch.to(agent.device)))        # (2, new)
+                    known.update(zip([numbers[place] for place in new], new_logps.unbind(1)))
+                env_logps = torch.stack([known[numbers[place]] for place in places], dim=1)             # (2, B)
+            options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
+            options = {name: value for name, value in options.items() if name in wanted}
+            with autocast(enabled=False):
+                losses = sign * LOSSES[loss](*logps, *env_logps, **options)                             # (B,)
+                (losses.sum() / len(rows)).backward()
+            seen.append(dict(losses=losses, logps=torch.stack(logps), lengths=batch.rejected_lengths,
+                             **({"env_logps": env_logps} if env is not None else {})))
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
     if not grad_norm.isfinite():
         raise FloatingPointError("the gradient is not finite, so the run stops before this step; try a smaller --lr")
@@ -457,33 +484,36 @@ def fingerprint_of(rows):
     return digest.hexdigest()
 
 
-def save_checkpoint(out, step, players, optimizers, fingerprint):
+def save_checkpoint(out, step, players, optimizers, known, fingerprint):
     """Everything that a resumed run cannot work out from its config: one file, replaced in one move."""
     state = {"step": step, "data": fingerprint,
              "players": {name: player.state_dict() for name, player in players.items()},
-             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
+             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+             "env_logps": {number: logps.tolist() for number, logps in known.items()}}
     (out / "checkpoint").mkdir(exist_ok=True)
     torch.save(state, out / "checkpoint" / "state.pt.partial")
     os.replace(out / "checkpoint" / "state.pt.partial", out / "checkpoint" / "state.pt")
 
 
 def load_checkpoint(out, players, optimizers, fingerprint):
-    """Steps done; 0 where there is no checkpoint."""
+    """Steps done, and ENV's log-probabilities that are known by then; 0 and none where there is no checkpoint."""
     path = out / "checkpoint" / "state.pt"
     if not path.exists():
-        return 0
+        return 0, {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same_pairs, step = state["data"] == fingerprint, state["step"]
         for name, player in players.items():
             player.load_state_dict(state["players"][name])
+            device = player.device
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+        known = {number: torch.tensor(logps, device=device) for number, logps in state["env_logps"].items()}
     except Exception:                                              # a damaged file can raise anything
         raise Refused(f"{path}: no checkpoint of this run, or a damaged one; resume needs it whole") from None
     if not same_pairs:
         raise Refused(f"{out}: the training pairs are not those the run began with; resume needs the same data")
-    return step
+    return step, known
 
 
 def open_metrics(out, done):
