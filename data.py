@@ -4,7 +4,7 @@
     tokenizer = Tokenizer.from_pretrained("model folder")    # or SafeWorld(seed=0).tokenizer()
     rows, kept, report = encode_pairs(pairs, tokenizer, max_length=512)
     for step_rows in batches(rows, batch_size=32, seed=0):   # endless
-        for places, batch in micro_batches(step_rows, max_tokens=2048):
+        for places, batch in micro_batches(step_rows, max_tokens=1536):
             ...                                              # a PairBatch: what model.response_logps takes
 
     python data.py FOLDER                                    # tokenizer.json from a SentencePiece tokenizer.model

@@ -96,7 +96,7 @@ class Run:
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
     columns = []
-    for _, batch in micro_batches(rows, max_tokens=4096):
+    for _, batch in micro_batches(rows, max_tokens=1536):
         columns.append(torch.stack(response_logps(model, batch.to(model.device))).cpu())            # (2, B)
         bar.update(len(batch))
     return torch.cat(columns, dim=1)                                                                # (2, n)

@@ -207,31 +207,34 @@ def read_json(path):
 # The decoder
 
 def rotary(positions, config):
-    """cos and sin of the rotary angles, each (B, 1, T, d), float32. Both halves of d turn by the same angles; the sines
+    """cos and sin of the rotary angles, each (B, T, 1, d), float32. Both halves of d turn by the same angles; the sines
     of the first half are negated, as `rotate` wants them."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim        # (d/2)
     frequencies = 1 / config.rope_theta ** powers                                                   # (d/2)
     if config.rope_scaling is not None:
         scale, needed = ROPE_SCALINGS[config.rope_scaling["rope_type"]]
         frequencies = scale(frequencies, *(config.rope_scaling[name] for name in needed))
-    angles = positions[:, None, :, None].float() * frequencies                                      # (B, 1, T, d/2)
+    angles = positions[:, :, None, None].float() * frequencies                                      # (B, T, 1, d/2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)                            # (B, 1, T, d)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)                            # (B, T, 1, d)
 
 
 def rotate(x, cos, sin):
     """Rotary position embedding in the half-split layout of Hugging Face's Llama."""
-    left, right = x.chunk(2, dim=-1)                                                                # (B, H, T, d/2)
-    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)                # (B, H, T, d)
+    left, right = x.chunk(2, dim=-1)                                                                # (B, T, H, d/2)
+    return torch.addcmul(x * cos, torch.cat([right, left], dim=-1), sin).to(x.dtype)                # (B, T, H, d)
 
 
 # Who sees whom: each of these is `attend` of Decoder.hidden, once its first arguments are given
 
 def attention(q, k, v, mask):
-    """What the queries (B, H, T, d) read from the keys and values (B, K, S, d): (B, H, T, d). `mask` is boolean, True =
-    may attend, and broadcasts to (B, H, T, S); None is plainly causal, with S = T. H is a multiple of K."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    """What the queries (B, T, H, d) read from the keys and values (B, S, K, d): (B, T, H, d). `mask` says who sees whom,
+    by booleans (True = may attend) or by what is added to the scores, and broadcasts to (B, H, T, S); None is plainly
+    causal, with S = T. H is a multiple of K."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, d)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)                                                                      # (B, T, H, d)
 
 
 def attend_causally(mask, layer, q, k, v):
@@ -244,22 +247,22 @@ def attend_pairs(batch, layer, q, k, v):
     for every one of them; those before, the beginning of a long prompt, are plainly causal. In the last layer only the
     tokens that predict have queries, and they are among the last."""
     tokens = [mask.shape[1] for mask in batch.masks]
-    if q.shape[2] == k.shape[2]:
+    if q.shape[1] == k.shape[1]:
         sizes = [(mask.shape[1] - len(mask), len(mask)) for mask in batch.masks]
     else:
         sizes = [(0, predicting) for predicting in batch.predicting]
-    queries = iter(q.split([size for pair in sizes for size in pair if size], dim=2))
+    queries = iter(q.split([size for pair in sizes for size in pair if size], dim=1))
     out = []
-    for (plain, masked), mask, k, v in zip(sizes, batch.masks, k.split(tokens, dim=2), v.split(tokens, dim=2)):
+    for (plain, masked), mask, k, v in zip(sizes, batch.masks, k.split(tokens, dim=1), v.split(tokens, dim=1)):
         if plain:
-            out.append(attention(next(queries), k[:, :, :plain], v[:, :, :plain], None))            # (1, H, plain, d)
-        out.append(attention(next(queries), k, v, mask[-masked:]))                                  # (1, H, masked, d)
-    return torch.cat(out, dim=2)
+            out.append(attention(next(queries), k[:, :plain], v[:, :plain], None))                  # (1, plain, H, d)
+        out.append(attention(next(queries), k, v, mask[-masked:]))                                  # (1, masked, H, d)
+    return torch.cat(out, dim=1)
 
 
 def attend_cached(cache, mask, layer, q, k, v):
     """The tokens that follow those in a KVCache; `mask` is (B, 1, T or 1, S)."""
-    return attention(q, *cache.append(layer, k, v), mask[:, :, -q.shape[2]:])
+    return attention(q, *cache.append(layer, k, v), mask[:, :, -q.shape[1]:])
 
 
 def causal(attention_mask, T):
@@ -283,18 +286,18 @@ class KVCache:
     """Keys and values of every layer for B rows, allocated once; `keep` drops rows that are finished."""
 
     def __init__(self, config, rows, length, device, dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.keys, self.values = torch.empty(2, *shape, device=device, dtype=dtype)               # 2 x (L, B, K, S, d)
+        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
+        self.keys, self.values = torch.empty(2, *shape, device=device, dtype=dtype)               # 2 x (L, B, S, K, d)
         self.filled = 0
 
     def append(self, layer, k, v):
-        """Store the keys and values (B, K, T, d) of the tokens that follow; returns all so far, (B, K, S, d)."""
-        end = self.filled + k.shape[2]
-        self.keys[layer, :, :, self.filled:end] = k
-        self.values[layer, :, :, self.filled:end] = v
+        """Store the keys and values (B, T, K, d) of the tokens that follow; returns all so far, (B, S, K, d)."""
+        end = self.filled + k.shape[1]
+        self.keys[layer, :, self.filled:end] = k
+        self.values[layer, :, self.filled:end] = v
         if layer == len(self.keys) - 1:
             self.filled = end
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def keep(self, rows):
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
@@ -315,11 +318,12 @@ class Attention(nn.Module):
                                     else nn.Identity() for _ in range(2))
 
     def forward(self, x, cos, sin, attend, wanted):
-        q = self.q_norm(self.q_proj(x[:, wanted]).unflatten(2, (-1, self.head_dim))).transpose(1, 2)          # (B, H, Q, d)
-        k = self.k_norm(self.k_proj(x).unflatten(2, (-1, self.head_dim))).transpose(1, 2)                     # (B, K, T, d)
-        v = self.v_proj(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)                                  # (B, K, T, d)
-        out = attend(rotate(q, cos[:, :, wanted], sin[:, :, wanted]), rotate(k, cos, sin), v)       # (B, H, Q, d)
-        return self.o_proj(out.transpose(1, 2).flatten(2))                                          # (B, Q, D)
+        heads = -1, self.head_dim
+        q = self.q_norm(self.q_proj(x[:, wanted]).unflatten(2, heads))                              # (B, Q, H, d)
+        k = self.k_norm(self.k_proj(x).unflatten(2, heads))                                         # (B, T, K, d)
+        v = self.v_proj(x).unflatten(2, heads)                                                      # (B, T, K, d)
+        out = attend(rotate(q, cos[:, wanted], sin[:, wanted]), rotate(k, cos, sin), v)             # (B, Q, H, d)
+        return self.o_proj(out.flatten(2))                                                          # (B, Q, D)
 
 
 class MLP(nn.Module):
@@ -386,8 +390,8 @@ class Decoder(nn.Module):
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
         """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or a tensor of indices.
 
-        `attend(layer, q, k, v)` is given each layer's queries (B, H, T, d), keys and values (B, K, T, d), rotated, and
-        returns what they read. The last layer has queries at the wanted places alone: nobody reads the others.
+        `attend(layer, q, k, v)` is given each layer's queries (B, T, H, d), keys and values (B, T, K, d), rotated, and
+        returns what the queries read. The last layer has queries at the wanted places alone: nobody reads the others.
         """
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                                      # (B, T, D)

@@ -111,7 +111,7 @@ class Config:
     batch_size: int = option(32, "pairs per optimiser step", least=1)
     max_length: int | None = option(None, "tokens of prompt + answer; longer prompts lose their left side", least=2,
                                     world=64, own="the model's positions, 1024 at most")
-    micro_tokens: int | None = option(2048, "tokens per forward pass; less memory, same gradient", least=1)
+    micro_tokens: int | None = option(1536, "tokens per forward pass; less memory, same gradient", least=1)
     gradient_checkpointing: bool = option(False, "keep each layer's input alone and compute the rest again in the "
                                           "backward pass; less memory, a third more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
