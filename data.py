@@ -448,9 +448,11 @@ class Tokenizer:
 
     def encode_prompt(self, prompt):
         """Ids of a prompt (text or messages) to be continued by generation."""
-        if isinstance(prompt, str):
-            return self.encode(prompt)
-        return self.encode(self.render(prompt, add_generation_prompt=True), rendered=True)
+        return self.encode(self.start(prompt), rendered=not isinstance(prompt, str))
+
+    def start(self, prompt):
+        """The text that an answer follows."""
+        return prompt if isinstance(prompt, str) else self.render(prompt, add_generation_prompt=True)
 
     def encode_pair(self, pair):
         """(prompt_ids, chosen_ids, rejected_ids) of a Pair; each answer ends in exactly one EOS.
@@ -458,8 +460,9 @@ class Tokenizer:
         A tokenizer may join the end of the prompt with the start of an answer, so the prompt's ids are the
         longest common prefix of prompt, prompt + chosen and prompt + rejected, and an answer is all that follows.
         """
-        prompt = self.encode_prompt(pair.prompt)
-        chosen, rejected = (self.encode_whole(pair.prompt, answer) for answer in (pair.chosen, pair.rejected))
+        start = self.start(pair.prompt)
+        prompt = self.encode(start, rendered=not isinstance(pair.prompt, str))
+        chosen, rejected = (self.encode_whole(pair.prompt, start, answer) for answer in (pair.chosen, pair.rejected))
         shared = 0
         for a, b, c in zip(prompt, chosen, rejected):
             if not a == b == c:
@@ -467,19 +470,17 @@ class Tokenizer:
             shared += 1
         return prompt[:shared], chosen[shared:], rejected[shared:]
 
-    def encode_whole(self, prompt, answer):
-        """Ids of prompt + answer, ending in one EOS, whether or not the data or the chat template write it out: the
-        one that the template writes, or eos_id."""
-        answer, _ = self.without_eos(answer)
-        if isinstance(prompt, str):
-            return self.encode(prompt + answer) + [self.eos_id]
-        start = self.render(prompt, add_generation_prompt=True)
-        whole = self.render([*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
-        if not whole.startswith(start):
-            raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, so "
-                             "the answer's tokens cannot be told from the prompt's; use another chat_template")
-        answer, eos_id = self.without_eos(whole[len(start):])
-        return self.encode(start + answer, rendered=True) + [eos_id]
+    def encode_whole(self, prompt, start, answer):
+        """Ids of a prompt, whose text is `start`, and its answer, ending in one EOS, whether or not the data or the chat
+        template write it out: the one that the template writes, or eos_id."""
+        answer, eos_id = self.without_eos(answer)[0], self.eos_id
+        if not isinstance(prompt, str):
+            whole = self.render([*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
+            if not whole.startswith(start):
+                raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, so "
+                                 "the answer's tokens cannot be told from the prompt's; use another chat_template")
+            answer, eos_id = self.without_eos(whole[len(start):])
+        return self.encode(start + answer, rendered=not isinstance(prompt, str)) + [eos_id]
 
     def template_ends_answers(self, pair):
         """Does the chat template write one of the eos tokens after an answer?"""

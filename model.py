@@ -385,7 +385,8 @@ class Decoder(nn.Module):
         B, T = input_ids.shape
         if positions is None:
             positions = torch.arange(T, device=input_ids.device).expand(B, T)
-        return self.head(self.hidden(input_ids, positions, functools.partial(attend_causally, causal(attention_mask, T))))
+        attend = functools.partial(attend_causally, causal(attention_mask, T))
+        return F.linear(self.hidden(input_ids, positions, attend), self.head())
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
         """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or a tensor of indices.
@@ -412,11 +413,8 @@ class Decoder(nn.Module):
         for block in self.model.layers:
             block.compile(dynamic=True)
 
-    def head(self, hidden):
-        """Vocabulary projection (..., D) -> (..., V), apart from `hidden` because it is needed at few positions."""
-        return F.linear(hidden, self.head_weight())
-
-    def head_weight(self):
+    def head(self):
+        """The weight (V, D) of the vocabulary projection, apart from `hidden` because it is needed at few places."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight    # (V, D)
         return F.normalize(weight, dim=-1) if self.config.family.norm_head else weight              # with its gradient
 
@@ -614,7 +612,7 @@ def response_logps(model, batch):
     """
     hidden = model.hidden(batch.input_ids, batch.positions, functools.partial(attend_pairs, batch), batch.wanted)[0]
     dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    hidden, weight = hidden.to(dtype), model.head_weight().to(dtype)                                # (M, D), (V, D)
+    hidden, weight = hidden.to(dtype), model.head().to(dtype)                                # (M, D), (V, D)
     # the N response tokens of all 2B answers
     token_logps = TokenLogps.apply(hidden[batch.predictors[batch.mask]], weight, batch.targets[batch.mask])     # (N,)
     padded = token_logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, token_logps)        # (2B, R)
@@ -644,6 +642,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     ids = torch.tensor(padded, device=device)                                                       # (B, T)
     place = torch.arange(longest + max_new_tokens, device=device)
     positions = place - (longest - lengths)[:, None]               # (B, S), negative where there is padding
+    head = model.head()                                            # (V, D)
     cache = KVCache(model.config, len(prompts), len(place), device, next(model.parameters()).dtype)
 
     answers = [[] for _ in prompts]
@@ -651,7 +650,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     attend = functools.partial(attend_cached, cache, causal(positions[:, :longest] >= 0, longest))
     hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), attend, wanted=slice(-1, None))
     for end in range(longest, longest + max_new_tokens):           # `end` tokens are in the cache
-        logits = model.head(hidden[:, -1]).float()                                                  # (B, V)
+        logits = F.linear(hidden[:, -1], head).float()                                                  # (B, V)
         if temperature == 0:
             next_ids = logits.argmax(dim=-1)                                                        # (B,)
         else:
