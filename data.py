@@ -471,14 +471,14 @@ class Tokenizer:
         return prompt[:shared], chosen[shared:], rejected[shared:]
 
     def encode_whole(self, prompt, start, answer):
-        """Ids of a prompt, whose text is `start`, and its answer, ending in one EOS, whether or not the data or the chat
-        template write it out: the one that the template writes, or eos_id."""
+        """Ids of a prompt, whose text is `start`, and its answer, ending in one EOS, whether or not the data or the
+        chat template write it out: the one that the template writes, or eos_id."""
         answer, eos_id = self.without_eos(answer)[0], self.eos_id
         if not isinstance(prompt, str):
             whole = self.render([*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False)
             if not whole.startswith(start):
-                raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, so "
-                                 "the answer's tokens cannot be told from the prompt's; use another chat_template")
+                raise ValueError("the chat template does not render a dialogue as its prompt followed by the answer, "
+                                 "so the answer's tokens cannot be told from the prompt's; use another chat_template")
             answer, eos_id = self.without_eos(whole[len(start):])
         return self.encode(start + answer, rendered=not isinstance(prompt, str)) + [eos_id]
 
@@ -610,14 +610,14 @@ class PairBatch:
 
         input_ids   5 6 7 8 9
         positions   0 1 2 3 2
-        lengths     (1, 4), wanted 1 2 3 4
+        wanted      the places 1 2 3 4, all but the context; predictors count among these
         chosen      predictors 0 1 2, targets 7 8 2         rejected    predictors 0 3, targets 9 2
     """
     input_ids: torch.Tensor             # (1, T)
     positions: torch.Tensor             # (1, T) rotary positions
     wanted: torch.Tensor                # (M,) the places of the tokens that predict
     predicting: list                    # how many of these each pair has
-    masks: list                         # of each pair (its last tokens, its tokens) float32, -inf = may not attend
+    masks: list                         # of each pair (its last tokens, all its tokens), -inf = may not attend
     predictors: torch.Tensor            # (2B, R) which of these predicts this token
     targets: torch.Tensor               # (2B, R) the answers' tokens
     mask: torch.Tensor                  # (2B, R) boolean, False = padding
@@ -634,27 +634,27 @@ class PairBatch:
             raise ValueError("a batch needs at least one pair")
         inputs, positions, wanted, predicting, masks, predictors, targets = [], [], [], [], [], ([], []), ([], [])
         for prompt, *answers in rows:
-            context = len(prompt) - 1
-            first, start = len(wanted), len(inputs)
+            context, start, first = len(prompt) - 1, len(inputs), len(wanted)
             segments = [0] * len(prompt)                                     # 0 prompt, 1 chosen, 2 rejected
             inputs += prompt
             positions += range(len(prompt))
             for which, answer in enumerate(answers):
                 answer = [] if answer is None else list(answer)
-                place = first + len(segments) - context                      # of the answer's first input
-                predictors[which].append([first, *range(place, place + len(answer) - 1)] if answer else [])
+                second = first + len(segments) - context                     # what predicts the answer's second token
+                predictors[which].append([first, *range(second, second + len(answer) - 1)] if answer else [])
                 targets[which].append(answer)
                 inputs += answer[:-1]
                 positions += range(len(prompt), len(prompt) + len(answer) - 1)
                 segments += [1 + which] * (len(answer) - 1)
             wanted += range(start + context, len(inputs))
             predicting.append(len(segments) - context)
-            masked = context if context >= LONG_CONTEXT else 0
+            skipped = context if context >= LONG_CONTEXT else 0              # these need no mask
             key, place = torch.tensor(segments), torch.arange(len(segments))
-            sees = ((key == 0) | (key == key[masked:, None])) & (place <= place[masked:, None])
-            masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))                 # (m, T of this pair)
-        return cls(input_ids=torch.tensor([inputs]), positions=torch.tensor([positions]), 
-                   wanted=torch.tensor(wanted), predicting=predicting, masks=masks, predictors=pad(predictors[0] + predictors[1], 0),
+            query, query_place = key[skipped:, None], place[skipped:, None]
+            sees = ((key == 0) | (key == query)) & (place <= query_place)
+            masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))             # (m, tokens of the pair)
+        return cls(input_ids=torch.tensor([inputs]), positions=torch.tensor([positions]), wanted=torch.tensor(wanted),
+                   predicting=predicting, masks=masks, predictors=pad(predictors[0] + predictors[1], 0),
                    targets=pad(targets[0] + targets[1], 0),
                    mask=pad([[1] * len(ids) for ids in targets[0] + targets[1]], 0).bool())
 

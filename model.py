@@ -228,9 +228,9 @@ def rotate(x, cos, sin):
 # Who sees whom: each of these is `attend` of Decoder.hidden, once its first arguments are given
 
 def attention(q, k, v, mask):
-    """What the queries (B, T, H, d) read from the keys and values (B, S, K, d): (B, T, H, d). `mask` says who sees whom,
-    by booleans (True = may attend) or by what is added to the scores, and broadcasts to (B, H, T, S); None is plainly
-    causal, with S = T. H is a multiple of K."""
+    """What the queries (B, T, H, d) read from the keys and values (B, S, K, d): (B, T, H, d). `mask` says who sees
+    whom, by booleans (True = may attend) or by what is added to the scores, and broadcasts to (B, H, T, S); None is
+    plainly causal, with S = T. H is a multiple of K."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                                # (B, H, T, d)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                          enable_gqa=q.shape[1] != k.shape[1])
@@ -256,7 +256,7 @@ def attend_pairs(batch, layer, q, k, v):
     for (plain, masked), mask, k, v in zip(sizes, batch.masks, k.split(tokens, dim=1), v.split(tokens, dim=1)):
         if plain:
             out.append(attention(next(queries), k[:, :plain], v[:, :plain], None))                  # (1, plain, H, d)
-        out.append(attention(next(queries), k, v, mask[-masked:]))                                  # (1, masked, H, d)
+        out.append(attention(next(queries), k, v, mask[-masked:].to(q.dtype)))                   # (1, masked, H, d)
     return torch.cat(out, dim=1)
 
 
@@ -611,10 +611,11 @@ def response_logps(model, batch):
     the first one by the last prompt token; only those positions leave the last layer and meet the vocabulary.
     """
     hidden = model.hidden(batch.input_ids, batch.positions, functools.partial(attend_pairs, batch), batch.wanted)[0]
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    hidden, weight = hidden.to(dtype), model.head().to(dtype)                                # (M, D), (V, D)
-    # the N response tokens of all 2B answers
-    token_logps = TokenLogps.apply(hidden[batch.predictors[batch.mask]], weight, batch.targets[batch.mask])     # (N,)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    hidden, weight = hidden.to(dtype), model.head().to(dtype)                                       # (M, D), (V, D)
+    hidden = hidden[batch.predictors[batch.mask]]                  # (N, D): the N response tokens of all 2B answers
+    token_logps = TokenLogps.apply(hidden, weight, batch.targets[batch.mask])                       # (N,)
     padded = token_logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, token_logps)        # (2B, R)
     return padded.sum(dim=1).chunk(2)                                                               # (B,), (B,)
 
@@ -650,7 +651,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     attend = functools.partial(attend_cached, cache, causal(positions[:, :longest] >= 0, longest))
     hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), attend, wanted=slice(-1, None))
     for end in range(longest, longest + max_new_tokens):           # `end` tokens are in the cache
-        logits = F.linear(hidden[:, -1], head).float()                                                  # (B, V)
+        logits = F.linear(hidden[:, -1], head).float()                                              # (B, V)
         if temperature == 0:
             next_ids = logits.argmax(dim=-1)                                                        # (B,)
         else:
@@ -665,6 +666,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
             answers[row].append(token)
         if len(alive) == 0 or end + 1 == longest + max_new_tokens:
             break
-        attend = functools.partial(attend_cached, cache, (positions[:, :end + 1] >= 0)[:, None, None])     # (B, 1, 1, S)
+        seen = (positions[:, :end + 1] >= 0)[:, None, None]                                         # (B, 1, 1, S)
+        attend = functools.partial(attend_cached, cache, seen)
         hidden = model.hidden(next_ids[:, None], positions[:, end:end + 1], attend)
     return answers

@@ -591,6 +591,16 @@ def test_compiled_layers_compute_the_same():
     assert generate(compiled, prompts, 6, 0, 2) == generate(plain, prompts, 6, 0, 2)
 
 
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "no-such-compiler" in refused(train.main, ["--compile", "--device", "cpu", "--out", str(tmp_path / "run")], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recomputed_layers_train_to_the_same_weights(tmp_path):
+    assert same(run(tmp_path / "plain")[1], run(tmp_path / "recomputed", "--gradient-checkpointing")[1])
+
+
 @pytest.mark.parametrize("rows", ("hh", "chat", "random"))
 def test_log_probs_and_dpo_loss_equal_trls(rows, tmp_path):
     """TRL's DPOTrainer on identical tokens: the log-probs of every pair by both models, and the loss."""

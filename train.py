@@ -273,7 +273,11 @@ def prepare(config):
     print(f"training pairs: {report}")
     if config.data is not None:
         print(f"held out: {encode_pairs(held_out, tokenizer, config.max_length)[2]}")
-    return Job(config, model.to(find_device(config.device)), tokenizer, rows)
+    device = find_device(config.device)
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if config.compile and device.type == "cpu" and shutil.which(compiler) is None:
+        raise Refused(f"--compile needs a C++ compiler, and there is no {compiler}; install one, or name it in CXX")
+    return Job(config, model.to(device), tokenizer, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -404,10 +408,8 @@ def adamw(model, lr):
 def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, numbers=None):
     """One step of AGENT on `rows`, with ENV frozen (None: the loss looks at no reference). Returns the metrics.
 
-    The gradient is that of the mean over all rows, in however many micro-batches they come. `known` holds ENV's
-    log-probabilities by the rows' `numbers` and is filled here: while ENV stays frozen, a pair that comes again is not
-    computed again. Otherwise AGENT and ENV see the same micro-batches, so where their weights agree, so do their
-    log-probabilities, to the last bit.
+    The gradient is that of the mean over all rows, in however many micro-batches they come. `known` and the rows'
+    `numbers` are frozen_logps's; without them every pair is new.
     """
     known, numbers = {} if known is None else known, range(len(rows)) if numbers is None else numbers
     autocast = functools.partial(torch.autocast, agent.device.type, torch.bfloat16)
@@ -415,16 +417,11 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
     seen = []
     with autocast(enabled=config.dtype == "bfloat16"):             # around all, so that weights are converted once
         for places, batch in micro_batches(rows, config.micro_tokens):
-            batch, env_logps = batch.to(agent.device), (None, None)
-            logps = response_logps(agent, batch)
+            batch = batch.to(agent.device)
+            logps, env_logps = response_logps(agent, batch), (None, None)
             if env is not None:
-                new = [place for place in places if numbers[place] not in known]
-                if new:
-                    env_batch = batch if new == places else PairBatch.from_ids([rows[place] for place in new])
-                    with torch.no_grad():
-                        new_logps = torch.stack(response_logps(env, env_batch.to(agent.device)))        # (2, new)
-                    known.update(zip([numbers[place] for place in new], new_logps.unbind(1)))
-                env_logps = torch.stack([known[numbers[place]] for place in places], dim=1)             # (2, B)
+                env_logps = frozen_logps(env, batch, [rows[place] for place in places],
+                                         [numbers[place] for place in places], known)
             options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
             options = {name: value for name, value in options.items() if name in wanted}
             with autocast(enabled=False):
@@ -439,6 +436,23 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
     optimizer.zero_grad(set_to_none=True)
     seen = {name: torch.cat([part[name].detach() for part in seen], dim=-1) for name in seen[0]}
     return {**measure(loss, config, **seen), "grad_norm": grad_norm.item()}
+
+
+@torch.no_grad()
+def frozen_logps(env, batch, rows, numbers, known):
+    """ENV's log pi(y_w|x) and log pi(y_l|x) of the rows of a micro-batch, (2, B).
+
+    `known` holds those of the pairs seen since ENV was last trained, by the pairs' numbers; it is filled here, and what
+    it holds is not computed again. New pairs come in AGENT's own micro-batch where all of it is new, so where the
+    weights of the two agree, so do their log-probabilities, to the last bit.
+    """
+    new = [place for place, number in enumerate(numbers) if number not in known]
+    if new:
+        if len(new) < len(rows):
+            batch = PairBatch.from_ids([rows[place] for place in new]).to(env.device)
+        logps = torch.stack(response_logps(env, batch), dim=1)                                          # (new, 2)
+        known.update(zip([numbers[place] for place in new], logps))
+    return torch.stack([known[number] for number in numbers], dim=1)                                    # (2, B)
 
 
 def measure(loss, config, losses, logps, lengths, env_logps=None):
@@ -489,7 +503,7 @@ def save_checkpoint(out, step, players, optimizers, known, fingerprint):
     state = {"step": step, "data": fingerprint,
              "players": {name: player.state_dict() for name, player in players.items()},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-             "env_logps": {number: logps.tolist() for number, logps in known.items()}}
+             "env_logps": (list(known), torch.stack([*known.values()]) if known else None)}
     (out / "checkpoint").mkdir(exist_ok=True)
     torch.save(state, out / "checkpoint" / "state.pt.partial")
     os.replace(out / "checkpoint" / "state.pt.partial", out / "checkpoint" / "state.pt")
@@ -505,10 +519,10 @@ def load_checkpoint(out, players, optimizers, fingerprint):
         same_pairs, step = state["data"] == fingerprint, state["step"]
         for name, player in players.items():
             player.load_state_dict(state["players"][name])
-            device = player.device
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        known = {number: torch.tensor(logps, device=device) for number, logps in state["env_logps"].items()}
+        numbers, logps = state["env_logps"]
+        known = dict(zip(numbers, logps.to(players["protagonist"].device))) if numbers else {}
     except Exception:                                              # a damaged file can raise anything
         raise Refused(f"{path}: no checkpoint of this run, or a damaged one; resume needs it whole") from None
     if not same_pairs:

@@ -1,20 +1,24 @@
-"""Time and memory of one optimiser step, here and in TRL's DPOTrainer, on the same pairs.
+"""Seconds and memory of one optimiser step, here and in TRL's DPOTrainer, and what the seconds grow with.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads
+    python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads (Linux, a quarter hour)
 
-Both sides train the same random Llama in float32, with a reference of its own, on the same tokens in the same order, in
-processes that take turns step by step. "plain" is TRL with all pairs in one forward pass; "best" the fastest setting found
-for it, one pair at a time with accumulated gradients. There both sides keep freed memory (TUNED_MALLOC) instead of giving
-it back to the system and asking for it again.
-The floor is the arithmetic that no exact implementation can leave out, at the best matrix rate seen in this run: the
-products of the linear layers with every distinct token, of the vocabulary with the tokens that predict an answer's, forward
-and backward for AGENT, forward for ENV. Attention is not counted.
+Against TRL. All sides train the same random Llama with a reference of its own, on the same tokens in the same order, in
+processes that take turns, one step each. TRL plain takes all pairs of a step in one forward pass; TRL best, the fastest
+setting found for it, one pair at a time and accumulates gradients. The sides compared with that have the tuned allocator as
+it has: freed memory is kept (TUNED_MALLOC) and not given back to the system and asked for again. Ratios are medians over
+the steps, with the smallest and the largest. The floor is the arithmetic of the linear layers with every distinct token once and of
+the vocabulary with the tokens that predict an answer's, forward and backward for AGENT, forward for ENV, at the best
+matrix rate seen in the run; attention is not in it.
+
+Growth. Made-up pairs; one thing changes at a time. Two plain rows: [prompt | chosen] and [prompt | rejected] on their own.
 """
 
 import argparse
+import copy
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -26,27 +30,39 @@ import tokenizers
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Tokenizer, encode_pairs, load_pairs                         # noqa: E402
-from model import Decoder, DecoderConfig, find_device                        # noqa: E402
+from data import Tokenizer, encode_pairs, load_pairs, micro_batches          # noqa: E402
+from model import Decoder, DecoderConfig, find_device, response_logps        # noqa: E402
 from train import Config, adamw, optimizer_step                              # noqa: E402
 
 VOCABULARY, LONGEST, LR = 8192, 512, 1e-5
 SHAPES = {"8.6M": dict(hidden_size=256, intermediate_size=720, num_attention_heads=4, num_key_value_heads=4),
           "31.6M": dict(hidden_size=512, intermediate_size=1544, num_attention_heads=8, num_key_value_heads=8)}
 TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}      # glibc's
-SIDES = {"dpo, plain": ("ours dpo", {}), "iopo, plain": ("ours iopo", {}), "TRL plain": ("trl 16", {}),
-         "dpo, tuned": ("ours dpo", TUNED_MALLOC), "iopo, tuned": ("ours iopo", TUNED_MALLOC),
-         "TRL best": ("trl 1", TUNED_MALLOC)}
+# name: (the worker's arguments, its environment, the side it is compared with)
+SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
+         "DPO here": ("here dpo", {}, "TRL plain"),
+         "IOPO here": ("here iopo", {}, "TRL plain"),
+         "TRL best": ("trl 1", TUNED_MALLOC, "TRL best"),
+         "DPO here, tuned": ("here dpo", TUNED_MALLOC, "TRL best"),
+         "IOPO here, tuned": ("here iopo", TUNED_MALLOC, "TRL best")}
+BATCH_SIZE = 16
 
 
-def decoder(vocab_size=VOCABULARY, **shape):
+def decoder(size="8.6M", vocab_size=VOCABULARY):
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(**{"vocab_size": vocab_size, "num_hidden_layers": 8, "head_dim": 64,
-                                    "tie_word_embeddings": True, **shape}))
+    return Decoder(DecoderConfig(vocab_size=vocab_size, num_hidden_layers=8, head_dim=64, tie_word_embeddings=True,
+                                 **SHAPES[size]))
 
+
+def spread(values):
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Against TRL
 
 def tokenizer_for(pairs):
-    """A byte-level BPE of these texts: the model is random, so it needs one of the right size only."""
+    """A byte-level BPE of these texts; the model is random, so any of the right size will do."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -57,23 +73,23 @@ def tokenizer_for(pairs):
     return Tokenizer({"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "<eos>"}'})
 
 
-def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+def report(seconds, loss):
+    """A worker's line: the peak is that of the process, libraries and all."""
+    peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
 
 
-def ours(folder, loss, batch_size):
+def work_here(folder, loss):
     """A step for every line of standard input."""
-    device = find_device("auto")
-    agent, env = (Decoder.from_pretrained(folder).to(device) for _ in range(2))
-    optimizer, config = adamw(agent, LR), Config()
-    rows = json.loads((folder / "rows.json").read_text())
+    agent, env = (Decoder.from_pretrained(folder) for _ in range(2))
+    optimizer, rows = adamw(agent, LR), json.loads((folder / "rows.json").read_text())
     for step in map(int, sys.stdin):
         begin = time.perf_counter()
-        metrics = optimizer_step(agent, env, optimizer, rows[step * batch_size:][:batch_size], loss, +1, config)
-        answer(time.perf_counter() - begin, metrics["loss"])
+        metrics = optimizer_step(agent, env, optimizer, rows[step * BATCH_SIZE:][:BATCH_SIZE], loss, +1, Config())
+        report(time.perf_counter() - begin, metrics["loss"])
 
 
-def theirs(folder, micro_batch, batch_size):
+def work_in_trl(folder, micro_batch):
     import datasets
     import transformers
     import trl
@@ -89,34 +105,30 @@ def theirs(folder, micro_batch, batch_size):
 
         def on_log(self, args, state, control, logs, **_):
             if "loss" in logs:
-                answer(self.seconds, logs["loss"])
+                report(self.seconds, logs["loss"])
 
     class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_):                             # these are ids already
-            return dataset
+        def _prepare_dataset(self, dataset, *_):
+            return dataset                                                   # the rows are ids already
 
     names = "prompt_ids", "chosen_ids", "rejected_ids"
     rows = [dict(zip(names, row)) for row in json.loads((folder / "rows.json").read_text())]
     agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     config = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=micro_batch, learning_rate=LR, weight_decay=0.0,
-        gradient_accumulation_steps=batch_size // micro_batch, lr_scheduler_type="constant", beta=Config.beta,
-        max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False, fp16=False,
-        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
-        max_steps=len(rows) // batch_size, dataloader_pin_memory=False)
+        gradient_accumulation_steps=BATCH_SIZE // micro_batch, lr_scheduler_type="constant", beta=Config.beta,
+        max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        max_steps=len(rows) // BATCH_SIZE, dataloader_pin_memory=False)
     trainer = Trainer(model=agent, ref_model=env, args=config, train_dataset=datasets.Dataset.from_list(rows),
                       processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(folder), callbacks=[Turns()])
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
-def answer(seconds, loss):
-    print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak()}), flush=True)
-
-
-def matrix_rate(shape):
+def matrix_rate(size):
     """FLOP/s of the best of some products, as a linear layer of this shape forms them."""
-    best = 0
+    best, shape = 0, SHAPES[size]
     for tokens in (512, 1024):
         for rows in (shape["hidden_size"], shape["intermediate_size"]):
             x, weight = torch.randn(tokens, shape["hidden_size"]), torch.randn(rows, shape["hidden_size"])
@@ -129,79 +141,121 @@ def matrix_rate(shape):
 
 def floor(model, rows):
     """FLOP of one step on these rows."""
-    vocabulary = model.model.embed_tokens.weight.numel()
-    body = sum(p.numel() for p in model.parameters() if p.dim() == 2) - vocabulary
+    vocabulary = model.head().numel()
+    layers = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2) - vocabulary
     answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows)
-    inputs = sum(len(prompt) - 2 for prompt, _, _ in rows) + answers
-    return (6 + 2) * (body * inputs + vocabulary * answers)
+    inputs = sum(len(prompt) - 2 for prompt, _, _ in rows) + answers         # no answer's last token is an input
+    return (6 + 2) * (layers * inputs + vocabulary * answers)
 
 
-def spread(values):
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def compare(size, rows, tokenizer, options):
-    """The sides take turns: one step each, on the same batch, in an order that goes round."""
-    shape, batch_size = SHAPES[size], options.batch_size
+def compare(size, rows, tokenizer, warmup, rounds):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = decoder(**shape)
+        model = decoder(size)
         model.save_pretrained(folder)
         tokenizer.save(folder)
         (folder / "rows.json").write_text(json.dumps(rows))
-        sides = {name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--worker", *side.split(), "--data", str(folder), "--batch-size", str(batch_size)],
-            env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for name, (side, environment) in SIDES.items()}
-        seen, best = {name: [] for name in sides}, 0
-        for step in range(options.warmup + options.rounds):
-            order = list(sides)[step % len(sides):] + list(sides)[:step % len(sides)]
-            for name in order:
-                sides[name].stdin.write(f"{step}\n")
-                sides[name].stdin.flush()
-                line = sides[name].stdout.readline()
+        workers = {name: subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, "--data", str(folder), "--worker", *arguments.split()],
+            env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for name, (arguments, environment, _) in SIDES.items()}
+        seen, best = {name: [] for name in workers}, 0
+        for step in range(warmup + rounds):
+            first = step % len(workers)                                      # nobody always follows the same one
+            for name in [*workers][first:] + [*workers][:first]:
+                workers[name].stdin.write(f"{step}\n")
+                workers[name].stdin.flush()
+                line = workers[name].stdout.readline()
                 if not line:
-                    sys.exit(f"{name} stopped at step {step}; run its worker by hand to see why: {sides[name].args}")
+                    sys.exit(f"{name} stopped at step {step}:\n{workers[name].stderr.read()[-2000:]}")
                 seen[name].append(json.loads(line))
-                print(f"  {size} step {step} {name}: {seen[name][-1]}", file=sys.stderr)
-            best = max(best, matrix_rate(shape))
-        for process in sides.values():
-            process.stdin.close()
-            process.wait()
-    steps = range(options.warmup, options.warmup + options.rounds)
-    flops = [floor(model, rows[step * batch_size:][:batch_size]) for step in steps]
-    seconds = {name: [seen[name][step]["seconds"] for step in steps] for name in seen}
-    for name in sides:
-        against = "TRL best" if name.endswith(("tuned", "best")) else "TRL plain"
-        ratio = [a / b for a, b in zip(seconds[against], seconds[name])]
-        floors = [s / (flop / best) for s, flop in zip(seconds[name], flops)]
-        gap = max(abs(seen[name][step]["loss"] - seen[against][step]["loss"]) for step in steps)
-        print(f"| {size} | {name} | {spread(seconds[name])} | {batch_size / statistics.median(seconds[name]):.1f} | "
-              f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {spread(ratio)} | {spread(floors)} | {gap:.1e}", flush=True)
-    print(f"best matrix rate {best / 1e9:.0f} GFLOP/s; floor {statistics.median(flops) / best:.2f} s a step")
+                print(f"{size} step {step}: {name} {seen[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            best = max(best, matrix_rate(size))
+        for worker in workers.values():
+            worker.kill()
+    steps = range(warmup, warmup + rounds)
+    floors = [floor(model, rows[step * BATCH_SIZE:][:BATCH_SIZE]) / best for step in steps]
+    for name, (_, _, other) in SIDES.items():
+        seconds, others = ([seen[side][step]["seconds"] for step in steps] for side in (name, other))
+        ratio = "" if name == other else spread([b / a for a, b in zip(seconds, others)])
+        print(f"| {size} | {name} | {spread(seconds)} | {BATCH_SIZE / statistics.median(seconds):.1f} | "
+              f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {ratio} | {spread([a / b for a, b in zip(seconds, floors)])} |",
+              flush=True)
+    gap = max(abs(seen[name][step]["loss"] - seen[other][step]["loss"])
+              for name, (side, _, other) in SIDES.items() if "iopo" not in side for step in range(warmup + rounds))
+    return (f"{size}: floor {statistics.median(floors):.2f} s at {best / 1e9:.0f} GFLOP/s; the DPO losses of both sides are at "
+            f"most {gap:.0e} apart in any step")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Growth
+
+def made_up(pairs=16, prompt=100, answer=50, vocab_size=VOCABULARY):
+    rng = random.Random(0)
+    return [tuple([rng.randrange(vocab_size) for _ in range(n)] for n in (prompt, answer, answer)) for _ in range(pairs)]
+
+
+def seconds_of(agent, env, rows):
+    """Of the log-probs of both players and AGENT's gradient."""
+    begin = time.perf_counter()
+    for _, batch in micro_batches(rows, Config.micro_tokens):
+        with torch.no_grad():
+            response_logps(env, batch)
+        torch.stack(response_logps(agent, batch)).sum().backward()
+    agent.zero_grad()
+    return time.perf_counter() - begin
+
+
+def grow(rounds):
+    """[(what, value, seconds of every round)], all settings taking turns."""
+    settings = [("pairs", n, {}, dict(pairs=n)) for n in (8, 16, 32)]
+    settings += [("tokens of an answer", n, {}, dict(answer=n)) for n in (50, 100, 200)]
+    settings += [("tokens of the prompt", n, {}, dict(prompt=n)) for n in (100, 200, 400)]
+    settings += [("vocabulary", n, dict(vocab_size=n), dict(vocab_size=n)) for n in (2048, 8192, 32768)]
+    settings += [("parameters", size, dict(size=size), {}) for size in SHAPES]
+    jobs = []
+    for what, value, model, pairs in settings:
+        jobs.append((what, value, decoder(**model), made_up(**pairs)))
+    for size in SHAPES:
+        rows = made_up(prompt=400, answer=40)
+        plain = [(prompt, answer, None) for prompt, *answers in rows for answer in answers]
+        jobs += [(f"prompt 400, answers 40, {size}", name, decoder(size), rows_) for name, rows_ in
+                 (("a pair in one row", rows), ("two plain rows", plain))]
+    jobs = [(what, value, agent, copy.deepcopy(agent), rows, []) for what, value, agent, rows in jobs]
+    for step in range(1 + rounds):
+        for _, _, agent, env, rows, seconds in jobs:
+            seconds.append(seconds_of(agent, env, rows))
+    return [(what, value, seconds[1:]) for what, value, _, _, _, seconds in jobs]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=7, help="steps that count, after --warmup")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs per step")
+    parser.add_argument("--data", required=True, help="preference pairs, as train.py reads them")
+    parser.add_argument("--sizes", nargs="*", choices=SHAPES, default=[*SHAPES], help="models to compare with TRL")
+    parser.add_argument("--rounds", type=int, default=5, help="steps that count")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         side, detail = options.worker
-        if side == "ours":
-            ours(options.data, detail, options.batch_size)
+        if side == "here":
+            work_here(Path(options.data), detail)
         else:
-            theirs(options.data, int(detail), options.batch_size)
+            work_in_trl(Path(options.data), int(detail))
         sys.exit()
     pairs = load_pairs(options.data)
     tokenizer = tokenizer_for(pairs)
-    rows, _, report = encode_pairs(pairs, tokenizer, max_length=2**30)
-    print(report.splitlines()[0])
-    fit = [row for row in rows if len(row[0]) + max(len(row[1]), len(row[2])) <= LONGEST]
-    print(f"{len(rows) - len(fit)} pairs of more than {LONGEST} tokens taken out")
-    for size in options.sizes:
-        compare(size, fit[:(options.warmup + options.rounds) * options.batch_size], tokenizer, options)
+    rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
+    fit = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= LONGEST]
+    needed = (options.warmup + options.rounds) * BATCH_SIZE
+    print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
+    if len(fit) < needed:
+        sys.exit(f"{options.data}: {len(fit)} pairs are too few for {needed}")
+    if options.sizes:
+        print("| model | side | s/step | pairs/s | peak memory | times as fast as TRL | of the floor |\n|---|---|---|---|---|---|---|")
+    notes = [compare(size, fit[:needed], tokenizer, options.warmup, options.rounds) for size in options.sizes]
+    print("", *notes, "\n| what | value | s | of the first |\n|---|---|---|---|", sep="\n")
+    first = {}
+    for what, value, seconds in grow(options.rounds):
+        first.setdefault(what, seconds)
+        print(f"| {what} | {value} | {spread(seconds)} | {spread([b / a for a, b in zip(first[what], seconds)])} |")
