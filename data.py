@@ -596,7 +596,7 @@ def useless(pair):
 # ----------------------------------------------------------------------------------------------------------
 # Batches
 
-LONG_CONTEXT = 64           # tokens of a prompt from which on they are worth an attention call of their own
+LONG_CONTEXT = 64           # tokens of context, see PairBatch, from which on it is worth an attention call of its own
 
 
 @dataclass

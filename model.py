@@ -392,7 +392,8 @@ class Decoder(nn.Module):
         """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or a tensor of indices.
 
         `attend(layer, q, k, v)` is given each layer's queries (B, T, H, d), keys and values (B, T, K, d), rotated, and
-        returns what the queries read. The last layer has queries at the wanted places alone: nobody reads the others.
+        returns what the queries read. In the last layer there are queries at the wanted places alone, (B, Q, H, d):
+        nobody reads the others.
         """
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                                      # (B, T, D)
@@ -402,13 +403,14 @@ class Decoder(nn.Module):
             last = layer == len(self.model.layers) - 1
             inputs = x, cos, sin, functools.partial(attend, layer), wanted if last else slice(None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(*inputs)
         return self.model.norm(x)
 
     def compile_layers(self):
         """By torch.compile, for rows of any length; what attends stays as it is."""
+        torch._dynamo.config.recompile_limit = 32                  # with and without gradient, generation, the last layer
         self.compiled = True
         for block in self.model.layers:
             block.compile(dynamic=True)
@@ -574,11 +576,12 @@ def find_device(name):
 # ----------------------------------------------------------------------------------------------------------
 # Response log-probabilities
 
-CHUNK = 512                 # tokens whose logits are in memory at once
+CHUNK = 512                 # tokens that meet the vocabulary at once
 
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight^T) at the targets: hidden (N, D), weight (V, D), targets (N) -> (N), float32.
+    """log softmax(hidden @ weight^T) at the targets: hidden (N, D), weight (V, D), targets (N) -> (N), float32. Products
+    are formed in the dtype of hidden, sums over tokens in float32.
 
     Logits exist for one chunk of tokens at a time; the backward pass computes them again. In it, the derivative of
     log softmax(z)_target by z is onehot(target) - softmax(z).
@@ -587,19 +590,21 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         ctx.save_for_backward(hidden, weight, targets)
+        weight = weight.to(hidden.dtype)
         return torch.cat([-F.cross_entropy(F.linear(some, weight).float(), these, reduction="none")
                           for some, these in zip(hidden.split(CHUNK), targets.split(CHUNK))])       # (N,)
 
     @staticmethod
     def backward(ctx, grad):
         hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        grad_hidden, grad_weight, weight = [], torch.zeros_like(weight), weight.to(hidden.dtype)
         for some, these, upstream in zip(hidden.split(CHUNK), targets.split(CHUNK), grad.split(CHUNK)):
             by_logits = torch.softmax(F.linear(some, weight).float(), dim=1)                        # (n, V)
             by_logits[torch.arange(len(these), device=these.device), these] -= 1
-            by_logits = by_logits.mul_(-upstream[:, None]).to(weight.dtype)
+            by_logits = by_logits.mul_(-upstream[:, None]).to(hidden.dtype)
             grad_hidden.append(by_logits @ weight)                                                  # (n, D)
             grad_weight += by_logits.T @ some                                                       # (V, D)
+            del by_logits                                          # before the next chunk's
         return torch.cat(grad_hidden), grad_weight, None
 
 
@@ -612,10 +617,9 @@ def response_logps(model, batch):
     """
     hidden = model.hidden(batch.input_ids, batch.positions, functools.partial(attend_pairs, batch), batch.wanted)[0]
     kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    hidden, weight = hidden.to(dtype), model.head().to(dtype)                                       # (M, D), (V, D)
+    hidden = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)     # (M, D)
     hidden = hidden[batch.predictors[batch.mask]]                  # (N, D): the N response tokens of all 2B answers
-    token_logps = TokenLogps.apply(hidden, weight, batch.targets[batch.mask])                       # (N,)
+    token_logps = TokenLogps.apply(hidden, model.head(), batch.targets[batch.mask])                 # (N,)
     padded = token_logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, token_logps)        # (2B, R)
     return padded.sum(dim=1).chunk(2)                                                               # (B,), (B,)
 

@@ -570,7 +570,7 @@ def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all(monkeypatch)
     assert len(seen) == 7 * (last + 1)
 
 
-@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_compiled_layers_compute_the_same():
     """Forward, gradients, generation, for batches of other lengths than the first; ENV, compiled too, agrees exactly."""
     plain = tiny_model(2)
@@ -591,9 +591,12 @@ def test_compiled_layers_compute_the_same():
     assert generate(compiled, prompts, 6, 0, 2) == generate(plain, prompts, 6, 0, 2)
 
 
-def test_compiling_needs_a_compiler(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "no-such-compiler" in refused(train.main, ["--compile", "--device", "cpu", "--out", str(tmp_path / "run")], capsys)
+@pytest.mark.parametrize("compiler", ("no-such-compiler", "false"))
+def test_compiling_needs_a_compiler(compiler, tmp_path, monkeypatch):
+    command = [sys.executable, "train.py", "--compile", "--device", "cpu", "--out", str(tmp_path / "run")]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=HERE,
+                         env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
+    assert out.returncode == 2 and "--compile" in out.stderr and len(out.stderr.strip().splitlines()) == 1, out.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -1797,6 +1800,39 @@ def test_a_killed_run_knows_what_env_said(killed_at, tmp_path, monkeypatch):
     go("killed", killed_at)
     go("killed")
     assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("method", ("dpo", "iopo"))
+def test_the_first_margin_is_zero_where_a_batch_holds_pairs_twice(method):
+    """13 pairs in a batch of 40, cut small: AGENT computes the copies in several micro-batches, and so must ENV."""
+    rows, agent = random_rows(random.Random(7), 13), tiny_model(0)
+    numbers = [number % 13 for number in range(40)]
+    config, known = train.make_config({"method": method, "micro_tokens": 40}), {}
+    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
+    metrics = train.optimizer_step(agent, copy.deepcopy(agent), optimizer, [rows[n] for n in numbers], method, +1, config, known, numbers)
+    assert metrics["margin"] == metrics["margin_std"] == metrics["accuracy"] == 0 and sorted(known) == list(range(13))
+
+
+def test_a_resumed_round_that_samples_other_pairs_asks_env_again(tmp_path, monkeypatch):
+    """As another machine may: what ENV said of pairs that are no more must not be taken for what it says of these."""
+    job = lambda: small_job(tmp_path, method="iter_dpo", rounds=1, n_mu=6, save_every=1)
+    rows = random_rows(random.Random(0), 60)
+    monkeypatch.setattr(train, "sample_pairs", lambda *_: (rows[:30], ""))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, 8))
+        train.train(job())
+    monkeypatch.setattr(train, "sample_pairs", lambda *_: (rows[30:], ""))
+    step, margins = train.optimizer_step, []
+
+    def compared(agent, env, optimizer, rows, loss, sign, config, known, numbers):
+        copied = copy.deepcopy(agent)
+        always = step(copied, env, torch.optim.SGD(copied.parameters(), lr=0.0), rows, loss, sign, config)
+        margins.append((always["margin"], step(agent, env, optimizer, rows, loss, sign, config, known, numbers)["margin"]))
+        return {}
+
+    monkeypatch.setattr(train, "optimizer_step", compared)
+    train.train(job())
+    assert len(margins) == 2 and all(once == pytest.approx(always, abs=1e-4) for always, once in margins)
 
 
 @pytest.mark.parametrize("options", ({"gradient_checkpointing": True}, {"micro_tokens": 30}, {"dtype": "bfloat16"}))

@@ -7,7 +7,7 @@
 
 One loop serves every method: a method is a loss, the schedule, and where its pairs come from. Whose turn it is
 and which pairs a step sees follow from the step's number and the seed alone, so a checkpoint is the weights,
-the optimisers' moments and one number.
+the optimisers' moments, one number, and what ENV has said in the phase.
 """
 
 import argparse
@@ -274,9 +274,12 @@ def prepare(config):
     if config.data is not None:
         print(f"held out: {encode_pairs(held_out, tokenizer, config.max_length)[2]}")
     device = find_device(config.device)
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if config.compile and device.type == "cpu" and shutil.which(compiler) is None:
-        raise Refused(f"--compile needs a C++ compiler, and there is no {compiler}; install one, or name it in CXX")
+    if config.compile:
+        try:
+            torch.compile(torch.nn.functional.silu)(torch.zeros(8, device=device))
+        except Exception as error:                                 # whatever the compiler may lack
+            reason = next(line for line in str(error).splitlines() if line.strip())
+            raise Refused(f"--compile: torch.compile does not work here ({reason}); leave it out") from None
     return Job(config, model.to(device), tokenizer, rows)
 
 
@@ -297,7 +300,7 @@ def train(job, watch=None):
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
     fingerprint = fingerprint_of(job.rows)
-    done, known = load_checkpoint(out, players, optimizers, fingerprint)
+    done, known, sampled = load_checkpoint(out, players, optimizers, fingerprint)
     if done > len(schedule):
         raise Refused(f"{out}: the checkpoint is at step {done}, but the run in config.json has {len(schedule)}")
     # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
@@ -323,9 +326,11 @@ def train(job, watch=None):
                 rows[player], report = sample_pairs(players["adversary"], tokenizer, config, iteration)
                 streams[player] = batches(range(len(rows[player])), config.batch_size, config.seed, start=step - first)
                 bar.write(f"round {iteration}: {report}")
-            before = schedule[step - 1] if step else turn
-            if player != before[1] or config.rounds and turn != before:
-                known = {}                                         # a new phase: another ENV, or other pairs
+                before, sampled = sampled, fingerprint_of(rows[player])
+                if sampled != before:
+                    known = {}                                     # other pairs
+            if step and schedule[step - 1][1] != player:
+                known = {}                                         # another ENV
             current = turn
             if player == "sft":
                 loss, agent, env = "sft", players["protagonist"], None
@@ -349,7 +354,7 @@ def train(job, watch=None):
                 save_player(out / "sft", players["protagonist"], tokenizer)
             if step + 1 == len(schedule) or (config.save_every and (step + 1) % config.save_every == 0):
                 metrics_file.flush()
-                save_checkpoint(out, step + 1, players, optimizers, known, fingerprint)
+                save_checkpoint(out, step + 1, players, optimizers, fingerprint, known, sampled)
             if watch is not None and turn not in schedule[step + 1:step + 2]:
                 watch(step + 1, iteration, player, players)
     save_player(out / "protagonist", players["protagonist"], tokenizer)
@@ -409,19 +414,21 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
     """One step of AGENT on `rows`, with ENV frozen (None: the loss looks at no reference). Returns the metrics.
 
     The gradient is that of the mean over all rows, in however many micro-batches they come. `known` and the rows'
-    `numbers` are frozen_logps's; without them every pair is new.
+    `numbers`, both or neither, are frozen_logps's; without them ENV is asked for every pair.
     """
-    known, numbers = {} if known is None else known, range(len(rows)) if numbers is None else numbers
+    if known is None:
+        known, numbers = {}, range(len(rows))
     autocast = functools.partial(torch.autocast, agent.device.type, torch.bfloat16)
     wanted = inspect.signature(LOSSES[loss]).parameters
-    seen = []
-    with autocast(enabled=config.dtype == "bfloat16"):             # around all, so that weights are converted once
+    seen, said = [], {}
+    with autocast(enabled=config.dtype == "bfloat16"):             # around all: the layers' weights are converted once
         for places, batch in micro_batches(rows, config.micro_tokens):
             batch = batch.to(agent.device)
             logps, env_logps = response_logps(agent, batch), (None, None)
             if env is not None:
-                env_logps = frozen_logps(env, batch, [rows[place] for place in places],
-                                         [numbers[place] for place in places], known)
+                of_batch = [numbers[place] for place in places]
+                env_logps = frozen_logps(env, batch, [rows[place] for place in places], of_batch, known)
+                said.update(zip(of_batch, env_logps.unbind(1)))
             options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
             options = {name: value for name, value in options.items() if name in wanted}
             with autocast(enabled=False):
@@ -429,6 +436,7 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
                 (losses.sum() / len(rows)).backward()
             seen.append(dict(losses=losses, logps=torch.stack(logps), lengths=batch.rejected_lengths,
                              **({"env_logps": env_logps} if env is not None else {})))
+    known.update(said)
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
     if not grad_norm.isfinite():
         raise FloatingPointError("the gradient is not finite, so the run stops before this step; try a smaller --lr")
@@ -442,17 +450,15 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
 def frozen_logps(env, batch, rows, numbers, known):
     """ENV's log pi(y_w|x) and log pi(y_l|x) of the rows of a micro-batch, (2, B).
 
-    `known` holds those of the pairs seen since ENV was last trained, by the pairs' numbers; it is filled here, and what
-    it holds is not computed again. New pairs come in AGENT's own micro-batch where all of it is new, so where the
-    weights of the two agree, so do their log-probabilities, to the last bit.
+    `known` holds what ENV said of pairs, by their numbers, in earlier steps of the phase in which it is frozen; that is
+    not computed again. Where all pairs are new they come in AGENT's own micro-batch, so that on a CPU players of the same
+    weights have the same log-probabilities, to the last bit.
     """
     new = [place for place, number in enumerate(numbers) if number not in known]
-    if new:
-        if len(new) < len(rows):
-            batch = PairBatch.from_ids([rows[place] for place in new]).to(env.device)
-        logps = torch.stack(response_logps(env, batch), dim=1)                                          # (new, 2)
-        known.update(zip([numbers[place] for place in new], logps))
-    return torch.stack([known[number] for number in numbers], dim=1)                                    # (2, B)
+    if 0 < len(new) < len(rows):
+        batch = PairBatch.from_ids([rows[place] for place in new]).to(env.device)
+    said = iter(torch.stack(response_logps(env, batch), dim=1) if new else ())                          # (new, 2)
+    return torch.stack([known[number] if number in known else next(said) for number in numbers], dim=1)     # (2, B)
 
 
 def measure(loss, config, losses, logps, lengths, env_logps=None):
@@ -498,22 +504,23 @@ def fingerprint_of(rows):
     return digest.hexdigest()
 
 
-def save_checkpoint(out, step, players, optimizers, known, fingerprint):
+def save_checkpoint(out, step, players, optimizers, fingerprint, known, sampled):
     """Everything that a resumed run cannot work out from its config: one file, replaced in one move."""
     state = {"step": step, "data": fingerprint,
              "players": {name: player.state_dict() for name, player in players.items()},
              "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-             "env_logps": (list(known), torch.stack([*known.values()]) if known else None)}
+             "env_logps": (list(known), torch.stack([*known.values()]) if known else None), "sampled": sampled}
     (out / "checkpoint").mkdir(exist_ok=True)
     torch.save(state, out / "checkpoint" / "state.pt.partial")
     os.replace(out / "checkpoint" / "state.pt.partial", out / "checkpoint" / "state.pt")
 
 
 def load_checkpoint(out, players, optimizers, fingerprint):
-    """Steps done, and ENV's log-probabilities that are known by then; 0 and none where there is no checkpoint."""
+    """Steps done, ENV's log-probabilities that are known by then, and the fingerprint of the round's pairs, if any, that
+    they belong to; 0 and none where there is no checkpoint."""
     path = out / "checkpoint" / "state.pt"
     if not path.exists():
-        return 0, {}
+        return 0, {}, None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same_pairs, step = state["data"] == fingerprint, state["step"]
@@ -522,12 +529,12 @@ def load_checkpoint(out, players, optimizers, fingerprint):
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
         numbers, logps = state["env_logps"]
-        known = dict(zip(numbers, logps.to(players["protagonist"].device))) if numbers else {}
+        known, sampled = dict(zip(numbers, logps.to(players["protagonist"].device))) if numbers else {}, state["sampled"]
     except Exception:                                              # a damaged file can raise anything
-        raise Refused(f"{path}: no checkpoint of this run, or a damaged one; resume needs it whole") from None
+        raise Refused(f"{path}: no checkpoint of this run and version, or a damaged one; resume needs it whole") from None
     if not same_pairs:
         raise Refused(f"{out}: the training pairs are not those the run began with; resume needs the same data")
-    return step, known
+    return step, known, sampled
 
 
 def open_metrics(out, done):
