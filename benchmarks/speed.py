@@ -4,7 +4,7 @@
     python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads (Linux, a quarter hour)
 
 Against TRL. All sides train the same random Llama with a reference of its own, on the same tokens in the same order, with the
-same optimiser, in processes that take turns, one step each. TRL plain takes all pairs of a step in one forward pass; TRL
+same optimiser, in processes that take turns, one step each, in a new order in every round. TRL plain takes all pairs of a step in one forward pass; TRL
 best one pair at a time, with accumulated gradients, and the sides compared with it keep freed memory as it does
 (TUNED_MALLOC) instead of giving it back to the system and asking for it again. TRL asks its reference in every step, as an
 epoch's first pass must; on a CPU its head computes every position, also the prompt's and the padding's (on a GPU with Triton
@@ -85,13 +85,15 @@ def report(seconds, loss):
 
 
 def work_here(folder, loss):
-    """A step for every line of standard input."""
+    """A step for every line of standard input, once it is ready for it."""
     agent, env = (Decoder.from_pretrained(folder) for _ in range(2))
     optimizer, rows = adamw(agent, LR), json.loads((folder / "rows.json").read_text())
+    print("ready", flush=True)
     for step in map(int, sys.stdin):
         begin = time.perf_counter()
         metrics = optimizer_step(agent, env, optimizer, rows[step * BATCH_SIZE:][:BATCH_SIZE], loss, +1, Config())
         report(time.perf_counter() - begin, metrics["loss"])
+        print("ready", flush=True)
 
 
 def work_in_trl(folder, micro_batch):
@@ -101,6 +103,7 @@ def work_in_trl(folder, micro_batch):
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
+            print("ready", flush=True)
             if not sys.stdin.readline():
                 sys.exit()
             self.begin = time.perf_counter()
@@ -124,7 +127,7 @@ def work_in_trl(folder, micro_batch):
         gradient_accumulation_steps=BATCH_SIZE // micro_batch, lr_scheduler_type="constant", beta=Config.beta,
         max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
-        max_steps=len(rows) // BATCH_SIZE, dataloader_pin_memory=False)
+        max_steps=2**30, dataloader_pin_memory=False)
     trainer = Trainer(model=agent, ref_model=env, args=config, train_dataset=datasets.Dataset.from_list(rows),
                       processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(folder), callbacks=[Turns()])
     trainer.remove_callback(transformers.PrinterCallback)
@@ -153,7 +156,15 @@ def floor(model, rows):
     return (6 + 2) * (layers * inputs + vocabulary * answers)
 
 
-def compare(size, rows, tokenizer, warmup, rounds):
+def lines_of(name, worker, log):
+    """What a worker says, line by line."""
+    for line in worker.stdout:
+        yield line
+    sys.exit(f"{name} stopped:\n{log.read_text()[-2000:]}")
+
+
+def compare(size, rows, tokenizer, warmup, rounds, against):
+    sides = {name: side for name, side in SIDES.items() if side[2] in against}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = decoder(size)
@@ -164,31 +175,31 @@ def compare(size, rows, tokenizer, warmup, rounds):
             [sys.executable, "-W", "ignore", __file__, "--data", str(folder), "--worker", *arguments.split()],
             env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=open(folder / f"{name}.log", "w"), text=True)
-            for name, (arguments, environment, _) in SIDES.items()}
-        seen, best = {name: [] for name in workers}, 0
+            for name, (arguments, environment, _) in sides.items()}
+        lines = {name: lines_of(name, worker, folder / f"{name}.log") for name, worker in workers.items()}
+        for name in workers:
+            assert next(lines[name]) == "ready\n"
+        seen, best, rng = {name: [] for name in workers}, 0, random.Random(0)
         for step in range(warmup + rounds):
-            first = step % len(workers)                                      # nobody always follows the same one
-            for name in [*workers][first:] + [*workers][:first]:
+            for name in rng.sample(sorted(workers), len(workers)):
                 workers[name].stdin.write(f"{step}\n")
                 workers[name].stdin.flush()
-                line = workers[name].stdout.readline()
-                if not line:
-                    sys.exit(f"{name} stopped at step {step}:\n{(folder / f'{name}.log').read_text()[-2000:]}")
-                seen[name].append(json.loads(line))
+                seen[name].append(json.loads(next(lines[name])))
+                assert next(lines[name]) == "ready\n"                        # it is idle again
                 print(f"{size} step {step}: {name} {seen[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
             best = max(best, matrix_rate(size))
         for worker in workers.values():
             worker.kill()
     steps = range(warmup, warmup + rounds)
     floors = [floor(model, rows[step * BATCH_SIZE:][:BATCH_SIZE]) / best for step in steps]
-    for name, (_, _, other) in SIDES.items():
+    for name, (_, _, other) in sides.items():
         seconds, others = ([seen[side][step]["seconds"] for step in steps] for side in (name, other))
         ratio = "" if name == other else spread([b / a for a, b in zip(seconds, others)])
         print(f"| {size} | {name} | {spread(seconds)} | {BATCH_SIZE / statistics.median(seconds):.1f} | "
               f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {ratio} | {spread([a / b for a, b in zip(seconds, floors)])} |",
               flush=True)
     gap = max(abs(seen[name][step]["loss"] - seen[other][step]["loss"])
-              for name, (side, _, other) in SIDES.items() if "iopo" not in side for step in range(warmup + rounds))
+              for name, (side, _, other) in sides.items() if "iopo" not in side for step in range(warmup + rounds))
     return (f"{size}: floor {statistics.median(floors):.2f} s at {best / 1e9:.0f} GFLOP/s; the DPO losses of both sides are at "
             f"most {gap:.0e} apart in any step")
 
@@ -245,8 +256,10 @@ def grow(rounds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="preference pairs, as train.py reads them")
-    parser.add_argument("--sizes", nargs="*", choices=SHAPES, default=[*SHAPES], help="models to compare with TRL")
+    parser.add_argument("--data", required=True, help="preference pairs, as train.py reads them, for the part trl")
+    parser.add_argument("--parts", nargs="+", choices=("trl", "growth"), default=["trl", "growth"], help="what to measure")
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=[*SHAPES], help="models to compare with TRL")
+    parser.add_argument("--against", nargs="+", choices=("plain", "best"), default=["plain", "best"], help="which TRL")
     parser.add_argument("--rounds", type=int, default=5, help="steps that count")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -258,19 +271,22 @@ if __name__ == "__main__":
         else:
             work_in_trl(Path(options.data), int(detail))
         sys.exit()
-    pairs = load_pairs(options.data)
-    tokenizer = tokenizer_for(pairs)
-    rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
-    fit = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= LONGEST]
-    needed = (options.warmup + options.rounds) * BATCH_SIZE
-    print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
-    if len(fit) < needed:
-        sys.exit(f"{options.data}: {len(fit)} pairs are too few for {needed}")
-    if options.sizes:
+    if "trl" in options.parts:
+        pairs = load_pairs(options.data)
+        tokenizer = tokenizer_for(pairs)
+        rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
+        fit = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= LONGEST]
+        needed = (options.warmup + options.rounds) * BATCH_SIZE
+        print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
+        if len(fit) < needed:
+            sys.exit(f"{options.data}: {len(fit)} pairs are too few for {needed}")
         print("| model | side | s/step | pairs/s | peak memory | times as fast as TRL | of the floor |\n|---|---|---|---|---|---|---|")
-    notes = [compare(size, fit[:needed], tokenizer, options.warmup, options.rounds) for size in options.sizes]
-    print("", *notes, "\n| what | value | s | of the first |\n|---|---|---|---|", sep="\n")
-    first = {}
-    for what, value, seconds in grow(options.rounds):
-        first.setdefault(what, seconds)
-        print(f"| {what} | {value} | {spread(seconds)} | {spread([b / a for a, b in zip(first[what], seconds)])} |")
+        against = [f"TRL {which}" for which in options.against]
+        notes = [compare(size, fit[:needed], tokenizer, options.warmup, options.rounds, against) for size in options.sizes]
+        print("", *notes, "", sep="\n")
+    if "growth" in options.parts:
+        print("| what | value | s | of the first |\n|---|---|---|---|")
+        first = {}
+        for what, value, seconds in grow(options.rounds):
+            first.setdefault(what, seconds)
+            print(f"| {what} | {value} | {spread(seconds)} | {spread([b / a for a, b in zip(first[what], seconds)])} |")
