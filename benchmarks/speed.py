@@ -34,6 +34,8 @@ from pathlib import Path
 import tokenizers
 import torch
 
+from load import peak                                                        # beside this file
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Tokenizer, encode_pairs, load_pairs, micro_batches          # noqa: E402
 from model import Decoder, DecoderConfig, response_logps                     # noqa: E402
@@ -80,8 +82,7 @@ def tokenizer_for(pairs):
 
 def report(seconds, loss):
     """A worker's line: the peak is that of the process, libraries and all."""
-    peak = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), flush=True)
+    print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak()}), flush=True)
 
 
 def work_here(folder, loss):
