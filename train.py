@@ -113,7 +113,7 @@ class Config:
                                     world=64, own="the model's positions, 1024 at most")
     micro_tokens: int | None = option(1536, "tokens per forward pass; less memory, same gradient", least=1)
     gradient_checkpointing: bool = option(False, "keep each layer's input alone and compute the rest again in the "
-                                          "backward pass; less memory, a quarter more time")
+                                          "backward pass; less memory, a fifth more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "bfloat16: matrix products in bfloat16, weights and log-probabilities in float32",
                         choices=("float32", "bfloat16"))

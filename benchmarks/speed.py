@@ -1,15 +1,16 @@
 """Seconds and memory of one optimiser step, here and in TRL's DPOTrainer, and what the seconds grow with.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads (Linux, a quarter hour)
+    python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads (Linux, 45 minutes)
 
 Against TRL. All sides train the same random Llama with a reference of its own, on the same tokens in the same order, with the
-same optimiser, in processes that take turns, one step each, in a new order in every round. TRL plain takes all pairs of a step in one forward pass; TRL
-best one pair at a time, with accumulated gradients, and the sides compared with it keep freed memory as it does
-(TUNED_MALLOC) instead of giving it back to the system and asking for it again. TRL asks its reference in every step, as an
-epoch's first pass must; on a CPU its head computes every position, also the prompt's and the padding's (on a GPU with Triton
-only the answers'), and it computes more metrics. Its collation is not in its time, ours is. An IOPO run takes as many steps of
-the adversary on top. Ratios are medians over the steps, with the smallest and the largest.
+same optimiser, in processes that take turns, in a new order in every round. A turn is a step that does not count and one that
+does: the first after a pause tends to be slower, and a training run has no pauses. TRL plain takes all pairs of a step in one
+forward pass; TRL best one pair at a time, with accumulated gradients, and the sides compared with it keep freed memory as it
+does (TUNED_MALLOC) instead of giving it back to the system and asking for it again. TRL asks its reference in every step, as
+an epoch's first pass must; on a CPU its head computes every position, also the prompt's and the padding's (on a GPU with
+Triton only the answers'), and it computes more metrics. Its collation is not in its time, ours is. An IOPO run takes as many
+steps of the adversary on top. Ratios are medians over the steps, with the smallest and the largest.
 The floor is the arithmetic of all linear layers with every distinct token once and of the vocabulary with the tokens that
 predict an answer's, forward and backward for AGENT, forward for ENV, at the best matrix rate seen in the run. Attention is not
 in it; what this project leaves out of the last layer, one part in twenty of the whole, is.
@@ -52,7 +53,7 @@ SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
          "TRL best": ("trl 1", TUNED_MALLOC, "TRL best"),
          "DPO here, tuned": ("here dpo", TUNED_MALLOC, "TRL best"),
          "IOPO here, tuned": ("here iopo", TUNED_MALLOC, "TRL best")}
-BATCH_SIZE = 16
+BATCH_SIZE, TURN = 16, 2                    # pairs of a step, steps of a turn
 
 
 def decoder(size="8.6M", vocab_size=VOCABULARY):
@@ -85,16 +86,21 @@ def report(seconds, loss):
     print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak()}), flush=True)
 
 
+def turns():
+    """The numbers of the steps, a turn's for every line of standard input, once the worker is ready for it."""
+    print("ready", flush=True)
+    for turn, _ in enumerate(sys.stdin):
+        yield from range(turn * TURN, (turn + 1) * TURN)
+        print("ready", flush=True)
+
+
 def work_here(folder, loss):
-    """A step for every line of standard input, once it is ready for it."""
     agent, env = (Decoder.from_pretrained(folder) for _ in range(2))
     optimizer, rows = adamw(agent, LR), json.loads((folder / "rows.json").read_text())
-    print("ready", flush=True)
-    for step in map(int, sys.stdin):
+    for step in turns():
         begin = time.perf_counter()
         metrics = optimizer_step(agent, env, optimizer, rows[step * BATCH_SIZE:][:BATCH_SIZE], loss, +1, Config())
         report(time.perf_counter() - begin, metrics["loss"])
-        print("ready", flush=True)
 
 
 def work_in_trl(folder, micro_batch):
@@ -103,9 +109,11 @@ def work_in_trl(folder, micro_batch):
     import trl
 
     class Turns(transformers.TrainerCallback):
+        def __init__(self):
+            self.steps = turns()
+
         def on_step_begin(self, *_, **__):
-            print("ready", flush=True)
-            if not sys.stdin.readline():
+            if next(self.steps, None) is None:
                 sys.exit()
             self.begin = time.perf_counter()
 
@@ -124,8 +132,9 @@ def work_in_trl(folder, micro_batch):
     rows = [dict(zip(names, row)) for row in json.loads((folder / "rows.json").read_text())]
     agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     config = trl.DPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=micro_batch, learning_rate=LR, weight_decay=0.0,
-        gradient_accumulation_steps=BATCH_SIZE // micro_batch, lr_scheduler_type="constant", beta=Config.beta,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=int(micro_batch),
+        gradient_accumulation_steps=BATCH_SIZE // int(micro_batch),
+        learning_rate=LR, weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta,
         max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
         max_steps=2**30, dataloader_pin_memory=False)
@@ -164,7 +173,7 @@ def lines_of(name, worker, log):
     sys.exit(f"{name} stopped:\n{log.read_text()[-2000:]}")
 
 
-def compare(size, rows, tokenizer, warmup, rounds, against):
+def compare(size, rows, tokenizer, rounds, against):
     sides = {name: side for name, side in SIDES.items() if side[2] in against}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -181,17 +190,17 @@ def compare(size, rows, tokenizer, warmup, rounds, against):
         for name in workers:
             assert next(lines[name]) == "ready\n"
         seen, best, rng = {name: [] for name in workers}, 0, random.Random(0)
-        for step in range(warmup + rounds):
+        for turn in range(rounds):
             for name in rng.sample(sorted(workers), len(workers)):
-                workers[name].stdin.write(f"{step}\n")
+                workers[name].stdin.write("go\n")
                 workers[name].stdin.flush()
-                seen[name].append(json.loads(next(lines[name])))
+                seen[name] += [json.loads(next(lines[name])) for _ in range(TURN)]
                 assert next(lines[name]) == "ready\n"                        # it is idle again
-                print(f"{size} step {step}: {name} {seen[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+                print(f"{size} turn {turn}: {name} {seen[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
             best = max(best, matrix_rate(size))
         for worker in workers.values():
             worker.kill()
-    steps = range(warmup, warmup + rounds)
+    steps = range(TURN - 1, rounds * TURN, TURN)
     floors = [floor(model, rows[step * BATCH_SIZE:][:BATCH_SIZE]) / best for step in steps]
     for name, (_, _, other) in sides.items():
         seconds, others = ([seen[side][step]["seconds"] for step in steps] for side in (name, other))
@@ -200,7 +209,7 @@ def compare(size, rows, tokenizer, warmup, rounds, against):
               f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {ratio} | {spread([a / b for a, b in zip(seconds, floors)])} |",
               flush=True)
     gap = max(abs(seen[name][step]["loss"] - seen[other][step]["loss"])
-              for name, (side, _, other) in sides.items() if "iopo" not in side for step in range(warmup + rounds))
+              for name, (side, _, other) in sides.items() if "iopo" not in side for step in range(rounds * TURN))
     return (f"{size}: floor {statistics.median(floors):.2f} s at {best / 1e9:.0f} GFLOP/s; the DPO losses of both sides are at "
             f"most {gap:.0e} apart in any step")
 
@@ -261,29 +270,25 @@ if __name__ == "__main__":
     parser.add_argument("--parts", nargs="+", choices=("trl", "growth"), default=["trl", "growth"], help="what to measure")
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=[*SHAPES], help="models to compare with TRL")
     parser.add_argument("--against", nargs="+", choices=("plain", "best"), default=["plain", "best"], help="which TRL")
-    parser.add_argument("--rounds", type=int, default=5, help="steps that count")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--rounds", type=int, default=10, help="steps that count")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         side, detail = options.worker
-        if side == "here":
-            work_here(Path(options.data), detail)
-        else:
-            work_in_trl(Path(options.data), int(detail))
+        {"here": work_here, "trl": work_in_trl}[side](Path(options.data), detail)
         sys.exit()
     if "trl" in options.parts:
         pairs = load_pairs(options.data)
         tokenizer = tokenizer_for(pairs)
         rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
         fit = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= LONGEST]
-        needed = (options.warmup + options.rounds) * BATCH_SIZE
+        needed = options.rounds * TURN * BATCH_SIZE
         print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
         if len(fit) < needed:
             sys.exit(f"{options.data}: {len(fit)} pairs are too few for {needed}")
         print("| model | side | s/step | pairs/s | peak memory | times as fast as TRL | of the floor |\n|---|---|---|---|---|---|---|")
         against = [f"TRL {which}" for which in options.against]
-        notes = [compare(size, fit[:needed], tokenizer, options.warmup, options.rounds, against) for size in options.sizes]
+        notes = [compare(size, fit[:needed], tokenizer, options.rounds, against) for size in options.sizes]
         print("", *notes, "", sep="\n")
     if "growth" in options.parts:
         print("| what | value | s | of the first |\n|---|---|---|---|")
