@@ -242,21 +242,21 @@ def attend_causally(mask, layer, q, k, v):
     return attention(q, k, v, mask)
 
 
-def attend_pairs(batch, layer, q, k, v):
-    """A data.PairBatch, all its pairs in one row. Of each pair the last tokens see what its mask says, which has a row
-    for every one of them; those before, the beginning of a long prompt, are plainly causal. In the last layer only the
-    tokens that predict have queries, and they are among the last."""
-    tokens = [mask.shape[1] for mask in batch.masks]
+def attend_pairs(masks, predicting, layer, q, k, v):
+    """A data.PairBatch, all its pairs in one row. Of each pair the last tokens see what its mask says, which is of q's
+    dtype and has a row for every one of them; those before, the beginning of a long prompt, are plainly causal. In the
+    last layer only the tokens that predict have queries, `predicting` of each pair, and they are among the last."""
+    tokens = [mask.shape[1] for mask in masks]
     if q.shape[1] == k.shape[1]:
-        sizes = [(mask.shape[1] - len(mask), len(mask)) for mask in batch.masks]
+        sizes = [(mask.shape[1] - len(mask), len(mask)) for mask in masks]
     else:
-        sizes = [(0, predicting) for predicting in batch.predicting]
+        sizes = [(0, last) for last in predicting]
     queries = iter(q.split([size for pair in sizes for size in pair if size], dim=1))
     out = []
-    for (plain, masked), mask, k, v in zip(sizes, batch.masks, k.split(tokens, dim=1), v.split(tokens, dim=1)):
+    for (plain, masked), mask, k, v in zip(sizes, masks, k.split(tokens, dim=1), v.split(tokens, dim=1)):
         if plain:
             out.append(attention(next(queries), k[:, :plain], v[:, :plain], None))                  # (1, plain, H, d)
-        out.append(attention(next(queries), k, v, mask[-masked:].to(q.dtype)))                   # (1, masked, H, d)
+        out.append(attention(next(queries), k, v, mask[-masked:]))                                  # (1, masked, H, d)
     return torch.cat(out, dim=1)
 
 
@@ -615,9 +615,10 @@ def response_logps(model, batch):
     prompt's positions and does not see chosen. The token at place r of a response is predicted one position earlier,
     the first one by the last prompt token; only those positions leave the last layer and meet the vocabulary.
     """
-    hidden = model.hidden(batch.input_ids, batch.positions, functools.partial(attend_pairs, batch), batch.wanted)[0]
-    kind = hidden.device.type
-    hidden = hidden.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)     # (M, D)
+    kind, dtype = model.device.type, next(model.parameters()).dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype            # of the products
+    attend = functools.partial(attend_pairs, [mask.to(dtype) for mask in batch.masks], batch.predicting)
+    hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.wanted)[0].to(dtype)      # (M, D)
     hidden = hidden[batch.predictors[batch.mask]]                  # (N, D): the N response tokens of all 2B answers
     token_logps = TokenLogps.apply(hidden, model.head(), batch.targets[batch.mask])                 # (N,)
     padded = token_logps.new_zeros(batch.mask.shape).masked_scatter(batch.mask, token_logps)        # (2B, R)
