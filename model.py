@@ -581,7 +581,7 @@ CHUNK = 512                 # tokens that meet the vocabulary at once
 
 class TokenLogps(torch.autograd.Function):
     """log softmax(hidden @ weight^T) at the targets: hidden (N, D), weight (V, D), targets (N) -> (N), float32. Products
-    are formed in the dtype of hidden, sums over tokens in float32.
+    are formed in the dtype of hidden; the weight's gradient is summed over the chunks in the weight's own.
 
     Logits exist for one chunk of tokens at a time; the backward pass computes them again. In it, the derivative of
     log softmax(z)_target by z is onehot(target) - softmax(z).

@@ -130,10 +130,11 @@ def work_in_trl(folder, micro_batch):
 
     names = "prompt_ids", "chosen_ids", "rejected_ids"
     rows = [dict(zip(names, row)) for row in json.loads((folder / "rows.json").read_text())]
+    micro_batch = int(micro_batch)
     agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     config = trl.DPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=int(micro_batch),
-        gradient_accumulation_steps=BATCH_SIZE // int(micro_batch),
+        output_dir=str(folder / "trl"), per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=BATCH_SIZE // micro_batch,
         learning_rate=LR, weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta,
         max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
@@ -166,6 +167,11 @@ def floor(model, rows):
     return (6 + 2) * (layers * inputs + vocabulary * answers)
 
 
+def longest(rows):
+    """Tokens of the longest row that a plain layout makes of these pairs, [prompt | chosen] or [prompt | rejected]."""
+    return max(len(prompt) + max(map(len, answers)) for prompt, *answers in rows)
+
+
 def lines_of(name, worker, log):
     """What a worker says, line by line."""
     for line in worker.stdout:
@@ -191,6 +197,8 @@ def compare(size, rows, tokenizer, rounds, against):
             assert next(lines[name]) == "ready\n"
         seen, best, rng = {name: [] for name in workers}, 0, random.Random(0)
         for turn in range(rounds):
+            counted = rows[(turn * TURN + TURN - 1) * BATCH_SIZE:][:BATCH_SIZE]
+            print(f"{size} turn {turn}: the longest row has {longest(counted)} tokens", file=sys.stderr)
             for name in rng.sample(sorted(workers), len(workers)):
                 workers[name].stdin.write("go\n")
                 workers[name].stdin.flush()
@@ -281,7 +289,7 @@ if __name__ == "__main__":
         pairs = load_pairs(options.data)
         tokenizer = tokenizer_for(pairs)
         rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
-        fit = [row for row in rows if len(row[0]) + max(map(len, row[1:])) <= LONGEST]
+        fit = [row for row in rows if longest([row]) <= LONGEST]
         needed = options.rounds * TURN * BATCH_SIZE
         print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
         if len(fit) < needed:
