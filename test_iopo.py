@@ -1746,93 +1746,16 @@ def test_gradient_does_not_depend_on_the_micro_batches(method, tmp_path):
             torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options,phases", [({"method": "dpo", "n_iter": 2}, [20]), ({"n_iter": 2, "n_nu": 10}, [10] * 4)])
-def test_env_is_asked_once_for_a_pair_while_it_is_frozen(options, phases, tmp_path, monkeypatch):
-    """60 pairs, 8 a step: a phase of ten steps sees some again, and ENV is asked for the others alone. The metrics are
-    those of a reference that is asked always."""
-    asked, metrics, compute, step = [], [], train.response_logps, train.optimizer_step
-
-    def watched(model, batch):
-        asked[-1] += 0 if torch.is_grad_enabled() else len(batch)
-        return compute(model, batch)
-
-    def twice(agent, env, optimizer, rows, loss, sign, config, known, numbers):
-        copied = copy.deepcopy(agent)
-        asked.append(0)
-        always = step(copied, env, torch.optim.SGD(copied.parameters(), lr=0.0), rows, loss, sign, config)
-        asked[-1] = 0
-        metrics.append((always, step(agent, env, optimizer, rows, loss, sign, config, known, numbers)))
-        return metrics[-1][1]
-
-    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
-    monkeypatch.setattr(train, "response_logps", watched)
-    monkeypatch.setattr(train, "optimizer_step", twice)
-    train.train(small_job(tmp_path, n_mu=10, lr=1e-4, sft_steps=0, **options))
-    streams = {player: batches(range(60), 8, seed=0) for player in ("protagonist", "adversary")}
-    for number, phase in enumerate(phases):
-        seen = set()
-        for _ in range(phase):
-            numbers = next(streams["adversary" if number % 2 else "protagonist"])
-            assert asked.pop(0) == sum(number not in seen for number in numbers)
-            seen.update(numbers)
-        assert len(seen) < 8 * phase
-    assert not asked
-    for always, once in metrics:
-        assert once == pytest.approx(always, rel=1e-4, abs=1e-4)
-    assert metrics[0][1]["margin"] == metrics[0][1]["margin_std"] == 0
-
-
-@pytest.mark.parametrize("killed_at", (6, 13, 14, 20))
-def test_a_killed_run_knows_what_env_said(killed_at, tmp_path, monkeypatch):
-    """60 pairs, 8 a step, turns of ten: resumed in the middle of one, and where one begins."""
-    def go(name, killed_at=None):
-        job = small_job(tmp_path / name, n_iter=1, n_mu=10, n_nu=10, save_every=1)
-        if killed_at is None:
-            return train.train(job)
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
-            train.train(job)
-
-    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    go("whole")
-    go("killed", killed_at)
-    go("killed")
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize("method", ("dpo", "iopo"))
 def test_the_first_margin_is_zero_where_a_batch_holds_pairs_twice(method):
     """13 pairs in a batch of 40, cut small: AGENT computes the copies in several micro-batches, and so must ENV."""
     rows, agent = random_rows(random.Random(7), 13), tiny_model(0)
     numbers = [number % 13 for number in range(40)]
-    config, known = train.make_config({"method": method, "micro_tokens": 40}), {}
+    config = train.make_config({"method": method, "micro_tokens": 40})
     optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-    metrics = train.optimizer_step(agent, copy.deepcopy(agent), optimizer, [rows[n] for n in numbers], method, +1, config, known, numbers)
-    assert metrics["margin"] == metrics["margin_std"] == metrics["accuracy"] == 0 and sorted(known) == list(range(13))
-
-
-def test_a_resumed_round_that_samples_other_pairs_asks_env_again(tmp_path, monkeypatch):
-    """As another machine may: what ENV said of pairs that are no more must not be taken for what it says of these."""
-    job = lambda: small_job(tmp_path, method="iter_dpo", rounds=1, n_mu=6, save_every=1)
-    rows = random_rows(random.Random(0), 60)
-    monkeypatch.setattr(train, "sample_pairs", lambda *_: (rows[:30], ""))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, 8))
-        train.train(job())
-    monkeypatch.setattr(train, "sample_pairs", lambda *_: (rows[30:], ""))
-    step, margins = train.optimizer_step, []
-
-    def compared(agent, env, optimizer, rows, loss, sign, config, known, numbers):
-        copied = copy.deepcopy(agent)
-        always = step(copied, env, torch.optim.SGD(copied.parameters(), lr=0.0), rows, loss, sign, config)
-        margins.append((always["margin"], step(agent, env, optimizer, rows, loss, sign, config, known, numbers)["margin"]))
-        return {}
-
-    monkeypatch.setattr(train, "optimizer_step", compared)
-    train.train(job())
-    assert len(margins) == 2 and all(once == pytest.approx(always, abs=1e-4) for always, once in margins)
+    metrics = train.optimizer_step(agent, copy.deepcopy(agent), optimizer, [rows[n] for n in numbers], method, +1,
+                                   config)
+    assert metrics["margin"] == metrics["margin_std"] == metrics["accuracy"] == 0
 
 
 @pytest.mark.parametrize("options", ({"gradient_checkpointing": True}, {"micro_tokens": 30}, {"dtype": "bfloat16"}))

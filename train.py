@@ -7,7 +7,7 @@
 
 One loop serves every method: a method is a loss, the schedule, and where its pairs come from. Whose turn it is
 and which pairs a step sees follow from the step's number and the seed alone, so a checkpoint is the weights,
-the optimisers' moments, one number, and what ENV has said in the phase.
+the optimisers' moments and one number.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (Pair, PairBatch, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches,
+from data import (Pair, SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data, micro_batches,
                   replace_file)
 from iopo import ADVERSARIES, LOSSES, clip_ratio, importance_ratio, preference_margin, ratio_terms, turns
 from model import Decoder, DecoderConfig, find_device, generate, response_logps
@@ -300,7 +300,7 @@ def train(job, watch=None):
     optimizers = {"sft": adamw(job.model, config.sft_lr), "protagonist": adamw(players["protagonist"], config.lr),
                   "adversary": adamw(players["adversary"], config.lr)}
     fingerprint = fingerprint_of(job.rows)
-    done, known, sampled = load_checkpoint(out, players, optimizers, fingerprint)
+    done = load_checkpoint(out, players, optimizers, fingerprint)
     if done > len(schedule):
         raise Refused(f"{out}: the checkpoint is at step {done}, but the run in config.json has {len(schedule)}")
     # every player has a stream of its own, so that the protagonist sees the same pairs whatever the adversary does
@@ -326,11 +326,6 @@ def train(job, watch=None):
                 rows[player], report = sample_pairs(players["adversary"], tokenizer, config, iteration)
                 streams[player] = batches(range(len(rows[player])), config.batch_size, config.seed, start=step - first)
                 bar.write(f"round {iteration}: {report}")
-                before, sampled = sampled, fingerprint_of(rows[player])
-                if sampled != before:
-                    known = {}                                     # other pairs
-            if step and schedule[step - 1][1] != player:
-                known = {}                                         # another ENV
             current = turn
             if player == "sft":
                 loss, agent, env = "sft", players["protagonist"], None
@@ -341,7 +336,7 @@ def train(job, watch=None):
             numbers = next(streams[player])
             metrics = optimizer_step(agent, env if method.env else None, optimizers[player],
                                      [rows[player][number] for number in numbers], loss,
-                                     sign if player == "adversary" else +1, config, known, numbers)
+                                     sign if player == "adversary" else +1, config)
 
             bar.set_description(f"{player} {iteration}/{config.rounds or config.n_iter}" if iteration else "sft")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in SHOWN if name in metrics})
@@ -354,7 +349,7 @@ def train(job, watch=None):
                 save_player(out / "sft", players["protagonist"], tokenizer)
             if step + 1 == len(schedule) or (config.save_every and (step + 1) % config.save_every == 0):
                 metrics_file.flush()
-                save_checkpoint(out, step + 1, players, optimizers, fingerprint, known, sampled)
+                save_checkpoint(out, step + 1, players, optimizers, fingerprint)
             if watch is not None and turn not in schedule[step + 1:step + 2]:
                 watch(step + 1, iteration, player, players)
     save_player(out / "protagonist", players["protagonist"], tokenizer)
@@ -410,25 +405,22 @@ def adamw(model, lr):
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
-def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, numbers=None):
+def optimizer_step(agent, env, optimizer, rows, loss, sign, config):
     """One step of AGENT on `rows`, with ENV frozen (None: the loss looks at no reference). Returns the metrics.
 
-    The gradient is that of the mean over all rows, in however many micro-batches they come. `known` and the rows'
-    `numbers`, both or neither, are frozen_logps's; without them ENV is asked for every pair.
+    The gradient is that of the mean over all rows, in however many micro-batches they come. ENV reads AGENT's own
+    micro-batches, so that on a CPU players of the same weights have the same log-probabilities, to the last bit.
     """
-    if known is None:
-        known, numbers = {}, range(len(rows))
     autocast = functools.partial(torch.autocast, agent.device.type, torch.bfloat16)
     wanted = inspect.signature(LOSSES[loss]).parameters
-    seen, said = [], {}
+    seen = []
     with autocast(enabled=config.dtype == "bfloat16"):             # around all: the layers' weights are converted once
-        for places, batch in micro_batches(rows, config.micro_tokens):
+        for _, batch in micro_batches(rows, config.micro_tokens):
             batch = batch.to(agent.device)
             logps, env_logps = response_logps(agent, batch), (None, None)
             if env is not None:
-                of_batch = [numbers[place] for place in places]
-                env_logps = frozen_logps(env, batch, [rows[place] for place in places], of_batch, known)
-                said.update(zip(of_batch, env_logps.unbind(1)))
+                with torch.no_grad():
+                    env_logps = torch.stack(response_logps(env, batch))                                 # (2, B)
             options = {**vars(config), "chosen_lengths": batch.chosen_lengths, "rejected_lengths": batch.rejected_lengths}
             options = {name: value for name, value in options.items() if name in wanted}
             with autocast(enabled=False):
@@ -436,7 +428,6 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
                 (losses.sum() / len(rows)).backward()
             seen.append(dict(losses=losses, logps=torch.stack(logps), lengths=batch.rejected_lengths,
                              **({"env_logps": env_logps} if env is not None else {})))
-    known.update(said)
     grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
     if not grad_norm.isfinite():
         raise FloatingPointError("the gradient is not finite, so the run stops before this step; try a smaller --lr")
@@ -444,21 +435,6 @@ def optimizer_step(agent, env, optimizer, rows, loss, sign, config, known=None, 
     optimizer.zero_grad(set_to_none=True)
     seen = {name: torch.cat([part[name].detach() for part in seen], dim=-1) for name in seen[0]}
     return {**measure(loss, config, **seen), "grad_norm": grad_norm.item()}
-
-
-@torch.no_grad()
-def frozen_logps(env, batch, rows, numbers, known):
-    """ENV's log pi(y_w|x) and log pi(y_l|x) of the rows of a micro-batch, (2, B).
-
-    `known` holds what ENV said of pairs, by their numbers, in earlier steps of the phase in which it is frozen; that is
-    not computed again. Where all pairs are new they come in AGENT's own micro-batch, so that on a CPU players of the same
-    weights have the same log-probabilities, to the last bit.
-    """
-    new = [place for place, number in enumerate(numbers) if number not in known]
-    if 0 < len(new) < len(rows):
-        batch = PairBatch.from_ids([rows[place] for place in new]).to(env.device)
-    said = iter(torch.stack(response_logps(env, batch), dim=1) if new else ())                          # (new, 2)
-    return torch.stack([known[number] if number in known else next(said) for number in numbers], dim=1)     # (2, B)
 
 
 def measure(loss, config, losses, logps, lengths, env_logps=None):
@@ -504,23 +480,21 @@ def fingerprint_of(rows):
     return digest.hexdigest()
 
 
-def save_checkpoint(out, step, players, optimizers, fingerprint, known, sampled):
+def save_checkpoint(out, step, players, optimizers, fingerprint):
     """Everything that a resumed run cannot work out from its config: one file, replaced in one move."""
     state = {"step": step, "data": fingerprint,
              "players": {name: player.state_dict() for name, player in players.items()},
-             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
-             "env_logps": (list(known), torch.stack([*known.values()]) if known else None), "sampled": sampled}
+             "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()}}
     (out / "checkpoint").mkdir(exist_ok=True)
     torch.save(state, out / "checkpoint" / "state.pt.partial")
     os.replace(out / "checkpoint" / "state.pt.partial", out / "checkpoint" / "state.pt")
 
 
 def load_checkpoint(out, players, optimizers, fingerprint):
-    """Steps done, ENV's log-probabilities that are known by then, and the fingerprint of the round's pairs, if any, that
-    they belong to; 0 and none where there is no checkpoint."""
+    """The number of steps done; 0 where there is no checkpoint."""
     path = out / "checkpoint" / "state.pt"
     if not path.exists():
-        return 0, {}, None
+        return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         same_pairs, step = state["data"] == fingerprint, state["step"]
@@ -528,13 +502,11 @@ def load_checkpoint(out, players, optimizers, fingerprint):
             player.load_state_dict(state["players"][name])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        numbers, logps = state["env_logps"]
-        known, sampled = dict(zip(numbers, logps.to(players["protagonist"].device))) if numbers else {}, state["sampled"]
     except Exception:                                              # a damaged file can raise anything
         raise Refused(f"{path}: no checkpoint of this run and version, or a damaged one; resume needs it whole") from None
     if not same_pairs:
         raise Refused(f"{out}: the training pairs are not those the run began with; resume needs the same data")
-    return step, known, sampled
+    return step
 
 
 def open_metrics(out, done):
