@@ -1,167 +1,165 @@
-"""IOPO, Indirect Online Preference Optimization (Wang et al., IJCAI 2025): its equations and Algorithm 1.
+"""IOPO, Indirect Online Preference Optimization (Wang et al., IJCAI 2025): equations, Algorithm 1.
 
-Reads top to bottom like the paper and imports torch alone. Eq. 1, 5 to 8 and 11 to 15 are here; Eq. 2 to 4
-and 9 to 10 motivate them and compute nothing. The equations are pure functions of (B,) tensors: one number per
-preference pair (x, y_w, y_l), where log pi(y|x) is the log-probability of a whole response, *summed* over its
-tokens (EOS included), in nats. Nothing here averages over the batch: losses return (B,), and the caller takes
-the mean that the paper writes as an expectation.
+Reads top to bottom like the paper. The equations are pure functions of (B,) tensors: one number per
+preference pair (x, y_w, y_l). log pi(y|x) is the log-probability of a whole response, *summed* over
+its tokens (EOS included), in nats. Nothing here averages over the batch: losses return (B,), and
+the caller takes the mean that the paper writes as an expectation. Eq. 2 to 4, 9 and 10 motivate the
+others and compute nothing.
 
 Symbols          here
 pi_mu, pi_nu     the protagonist mu and the adversary nu, two language models that train in turns
 AGENT, ENV       the player that trains, and the frozen other one (the reference of the loss)
-y_w, y_l         chosen and rejected, as the AGENT sees them: the adversary prefers what the human rejected
+y_w, y_l         chosen and rejected as AGENT sees them: the adversary prefers what was rejected
 rho              log pi_AGENT(y|x) - log pi_ENV(y|x), the log-ratio of one response
 h                rho(y_w) - rho(y_l);  beta * h is the implicit-reward margin
 
 Two ways in: `iopo_loss` is the method for one player, `turns` says whose turn it is.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bradley-Terry preference and implicit reward (Section 3)
 
 def preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
     """Implicit-reward margin beta * h = r(x, y_w) - r(x, y_l), shape (B,).
 
-    Eq. 5 gives r(x, y) = beta * log(pi/pi_ref) + beta * log Z(x); Z(x) is the same for both responses and
-    cancels. The protagonist's reference is the adversary (Eq. 9), the adversary's the protagonist (Algorithm 1,
-    line 9).
+    Eq. 5 gives r(x, y) = beta * log(pi / pi_ref) + beta * log Z(x). Z(x) is the same for both
+    responses and cancels. The protagonist's reference is the adversary (Eq. 9), the adversary's
+    the protagonist (Algorithm 1, line 9).
     """
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)                # Eq. 5, without log Z
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)          # Eq. 5, without log Z
+    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)              # Eq. 5, without log Z
+    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)        # Eq. 5, without log Z
     return chosen_rewards - rejected_rewards
 
 
 def preference_probability(margin, ratio=None):
     """Q(y_w > y_l | x), the Bradley-Terry probability of preferring y_w, shape (B,).
 
-    Eq. 1 and 6 without a ratio. With the (clipped) importance ratio r it is the paper's Eq. 13, which divides
-    by r and so may exceed 1: a value to look at, not a probability, and not what the loss is made of.
-    Mended: Eq. 1's second line has the sign reversed and a stray log, and Eq. 2 repeats the sign. Eq. 13 also says
-    Q_mu = -Q_nu, which two positive numbers cannot be; the sign belongs to the payoff.
+    With the (clipped) ratio r it is Eq. 13, which may exceed 1: a value to look at, no probability
+    and no part of the loss. Mended: Eq. 1's second line has the sign reversed and a stray log, and
+    Eq. 2 repeats the sign. Eq. 13 says Q_mu = -Q_nu of two positive numbers: the sign is the
+    payoff's.
     """
-    q = torch.sigmoid(margin)                                                # Eq. 1, Eq. 6
-    return q if ratio is None else q / ratio                                 # Eq. 13
+    q = torch.sigmoid(margin)                                              # Eq. 1, Eq. 6
+    return q if ratio is None else q / ratio                               # Eq. 13
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The clipped importance ratio (Section 4.1)
+# --------------------------------------------------------------------------------------------------
+# The clipped importance ratio and the loss of IOPO (Section 4.1)
 
 def importance_ratio(agent_logps, env_logps, lengths=None):
-    """r = pi_AGENT(y) / pi_ENV(y) of the agent's dispreferred response y_l (Eq. 11), shape (B,), float32.
+    """r = pi_AGENT(y) / pi_ENV(y) of AGENT's rejected response y_l (Eq. 11), (B,), float32.
 
-    A weight, not a term of the gradient: detached (Eq. 15 has no gradient of r). A ratio that under- or
-    overflowed, r = 0 or inf, counts as 1, as the paper says; NaN stays NaN, so that a broken model shows.
-    With `lengths` (response tokens) the ratio is the geometric mean per token instead (as in GSPO); the paper
-    states no normalisation, and its 0 and inf can only come from whole sequences.
-    Mended: Eq. 11's second form pi_nu(y_w) / pi_nu(y_l) equals the first only for exactly mirrored players.
+    A weight, not a term of the gradient: detached, as Eq. 15 has no gradient of r. A ratio that
+    under- or overflowed counts as 1, as the paper says. NaN stays NaN: a broken model shows. With
+    `lengths` (response tokens) it is the geometric mean per token, as in GSPO. The paper states no
+    normalisation, and its 0 and inf can only come from whole sequences.
+    Mended: the second form, pi_nu(y_w) / pi_nu(y_l), is the first only for mirrored players.
     """
     log_ratio = (agent_logps.detach() - env_logps.detach()).float()
     if lengths is not None:
         log_ratio = log_ratio / lengths
-    ratio = log_ratio.exp()                                                  # Eq. 11, "other case"
-    return torch.where((ratio == 0) | ratio.isinf(), 1.0, ratio)             # Eq. 11, "1 if r = 0 or inf"
+    ratio = log_ratio.exp()                                                # Eq. 11, "other case"
+    return torch.where((ratio == 0) | ratio.isinf(), 1.0, ratio)           # Eq. 11, "r = 0 or inf"
 
 
 def clip_ratio(ratio, eps=0.3, mode="min"):
     """Proximal clip of the importance ratio (Eq. 12), shape (B,).
 
-    "min"        min(r, clip(r, 1 - eps, 1 + eps)), as printed; the lower bound never acts: it is min(r, 1 + eps)
+    "min"        min(r, clip(r, 1 - eps, 1 + eps)) as printed: the lower bound never acts
     "two_sided"  clip(r, 1 - eps, 1 + eps), what the paper's prose describes
     "none"       r
-    Mended: Eq. 12 ends in "= -r_nu", but a ratio of probabilities is positive; both players use this formula.
+    Mended: Eq. 12 ends in "= -r_nu", but a ratio is positive. Both players use this formula.
     """
     clipped = ratio.clamp(1 - eps, 1 + eps)
-    return choose({"min": torch.minimum(ratio, clipped),                     # Eq. 12
-                   "two_sided": clipped, "none": ratio}, mode, "clip")
+    readings = {"min": torch.minimum(ratio, clipped), "two_sided": clipped, "none": ratio}
+    if mode not in readings:
+        raise ValueError(f"clip must be one of {', '.join(readings)}, not {mode!r}")
+    return readings[mode]                                                  # Eq. 12
 
-
-def ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio="sequence", rejected_lengths=None):
-    """What Eq. 11 divides, in four readings: the arguments of `importance_ratio`.
-
-    "sequence"           pi_AGENT(y_l) / pi_ENV(y_l), whole responses: the paper's first form, our default
-    "length_normalized"  the same, as the geometric mean per token; needs `rejected_lengths`
-    "env"                pi_ENV(y_w) / pi_ENV(y_l): the paper's second form, which compares two different texts
-    "one"                1: no ratio, so that IOPO against a frozen reference is DPO
-    """
-    if ratio == "length_normalized" and rejected_lengths is None:
-        raise ValueError('ratio "length_normalized" needs rejected_lengths, the tokens of each rejected response')
-    return choose({"sequence": (rejected_logps, env_rejected_logps, None),
-                   "length_normalized": (rejected_logps, env_rejected_logps, rejected_lengths),
-                   "env": (env_chosen_logps, env_rejected_logps, None),
-                   "one": (rejected_logps, rejected_logps, None)}, ratio, "ratio")
-
-
-def clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths):
-    """The weight r of a pair, as `ratio` reads Eq. 11 and `clip` reads Eq. 12, shape (B,), float32, detached."""
-    terms = ratio_terms(rejected_logps, env_chosen_logps, env_rejected_logps, ratio, rejected_lengths)
-    r = importance_ratio(*terms)                                                              # Eq. 11
-    return clip_ratio(r, eps, clip)                                                           # Eq. 12
-
-
-def choose(table, name, what):
-    if name not in table:
-        raise ValueError(f"{what} must be one of {', '.join(table)}, not {name!r}")
-    return table[name]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The losses. One signature: loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
 
 def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, *,
               beta=0.1, eps=0.3, clip="min", ratio="sequence", rejected_lengths=None):
-    """-r * log sigmoid(beta * h) with the frozen ENV in the reference's place (Eq. 14), shape (B,); take its mean.
+    """-r * log sigmoid(beta * h) with the frozen ENV as reference (Eq. 14), (B,); take its mean.
 
-    chosen_logps, rejected_logps          log pi_AGENT(y_w|x), log pi_AGENT(y_l|x): (B,), nats, summed over tokens
-    env_chosen_logps, env_rejected_logps  the same of ENV, computed under torch.no_grad(): only r is detached here
-    clip, ratio                           readings of Eq. 12 and 11, see `clip_ratio` and `ratio_terms`
-    rejected_lengths                      (B,) tokens of y_l, for ratio="length_normalized" alone
+    chosen_logps, rejected_logps      log pi_AGENT of y_w and y_l: (B,), nats, summed over tokens
+    env_chosen_logps, env_rejected_logps   the same of ENV, computed under torch.no_grad()
+    clip              reading of Eq. 12, see `clip_ratio`
+    ratio             reading of Eq. 11:
+      "sequence"           pi_AGENT(y_l) / pi_ENV(y_l), whole responses: the first form, our default
+      "length_normalized"  the same as the geometric mean per token; needs `rejected_lengths` (B,)
+      "env"                pi_ENV(y_w) / pi_ENV(y_l): the second form, of two different texts
+      "one"                1: no ratio, so that IOPO against a frozen reference is DPO
 
-    Minimised by both players; for the adversary the caller exchanges chosen and rejected, in every argument.
-    A pair whose y_l AGENT has already unlearned (r near 0) fades out, until r underflows (log r < -103) and
-    Eq. 11's guard calls it 1 again.
-    Mended: Eq. 14 prints pi_mu(y_w) in the numerator of both log-ratios, which makes the gradient exactly zero
-    with r detached; the second is pi_mu(y_l), as in Eq. 15. The text says "maximize" (14): it is a loss.
+    Minimised by both players. For the adversary the caller exchanges chosen and rejected, in every
+    argument. A pair whose y_l AGENT has unlearned (r near 0) fades out, until r underflows
+    (log r < -103) and Eq. 11 calls it 1 again.
+    Mended: Eq. 14 prints pi_mu(y_w) in both numerators, which makes the gradient exactly zero; the
+    second is pi_mu(y_l), as in Eq. 15. The text "maximizes" (14): it is a loss.
     """
-    r = clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths)
-    margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, beta)
-    return -r * F.logsigmoid(margin)                                                          # Eq. 14
+    if ratio == "length_normalized" and rejected_lengths is None:
+        raise ValueError('ratio "length_normalized" needs rejected_lengths, tokens of each y_l')
+    numerators = {"sequence": rejected_logps, "length_normalized": rejected_logps,
+                  "env": env_chosen_logps, "one": env_rejected_logps}
+    if ratio not in numerators:
+        raise ValueError(f"ratio must be one of {', '.join(numerators)}, not {ratio!r}")
+    lengths = rejected_lengths if ratio == "length_normalized" else None
+
+    r = importance_ratio(numerators[ratio], env_rejected_logps, lengths)                  # Eq. 11
+    r = clip_ratio(r, eps, clip)                                                          # Eq. 12
+    margin = beta * (chosen_logps - env_chosen_logps) - beta * (rejected_logps - env_rejected_logps)
+    return -r * F.logsigmoid(margin)                                                      # Eq. 14
+
+
+def iopo_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, **readings):
+    """The r of `iopo_loss` under the same readings (eps, clip, ratio, rejected_lengths), (B,).
+
+    Where beta is 0 so is the margin, and Eq. 14 is r * log 2. clip="none" gives r before Eq. 12.
+    """
+    logps = chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
+    return iopo_loss(*logps, beta=0.0, **readings).detach() / math.log(2)
 
 
 def iopo_gradient_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, *,
-                         beta=0.1, eps=0.3, clip="min", ratio="sequence", rejected_lengths=None):
-    """The number that multiplies (grad log pi(y_w) - grad log pi(y_l)) in the gradient of iopo_loss, shape (B,).
+                         beta=0.1, **readings):
+    """What multiplies (grad log pi(y_w) - grad log pi(y_l)) in the gradient of iopo_loss, (B,).
 
-    Eq. 15, and Eq. 8 with ratio="one". Nothing calls it in training: autograd does the same (and is tested
-    against it). Mended: Eq. 15 prints log sigmoid(beta * h) where Eq. 8 has sigmoid(-beta * h); descent along
+    Eq. 15, and Eq. 8 with ratio="one". Training leaves it to autograd, which is tested against it.
+    Mended: Eq. 15 prints log sigmoid(beta * h) where Eq. 8 has sigmoid(-beta * h); descent along
     the printed vector would lower y_w.
     """
-    r = clipped_ratio(rejected_logps, env_chosen_logps, env_rejected_logps, eps, clip, ratio, rejected_lengths)
-    margin = preference_margin(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, beta)
-    return -beta * r * torch.sigmoid(-margin)                                                 # Eq. 15, Eq. 8
+    logps = chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
+    r = iopo_weight(*logps, **readings)
+    return -beta * r * torch.sigmoid(-preference_margin(*logps, beta))                    # Eq. 15
 
+
+# --------------------------------------------------------------------------------------------------
+# The baselines' losses, with one signature:
+# loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     """-log sigmoid(beta * h) (Eq. 7; Rafailov et al., arXiv 2305.18290), shape (B,)."""
-    margin = preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
-    return -F.logsigmoid(margin)                                                              # Eq. 7
+    logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    return -F.logsigmoid(preference_margin(*logps, beta))                                 # Eq. 7
 
 
 def hinge_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
-    """max(0, 1 - beta * h), the paper's "RSO or HINGE" (Liu et al., arXiv 2309.06657), shape (B,)."""
-    margin = preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
-    return F.relu(1 - margin)
+    """max(0, 1 - beta * h), the paper's "RSO or HINGE" (Liu et al., arXiv 2309.06657), (B,)."""
+    logps = chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
+    return F.relu(1 - preference_margin(*logps, beta))
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *,
              beta=0.1, chosen_lengths, rejected_lengths):
-    """(h - 1 / (2 beta))^2 with h made of per-token *means* (Azar et al., arXiv 2310.12036, Eq. 17), shape (B,).
+    """(h - 1 / (2 beta))^2, h made of per-token *means* (Azar et al., arXiv 2310.12036), (B,).
 
-    The IPO paper writes sums; TRL from v0.7.11 on, which the IOPO paper's baselines probably used, divides
-    each log-ratio by the response's tokens, as the IPO authors confirmed there.
+    The IPO paper's Eq. 17 writes sums. TRL from v0.7.11 on, which the IOPO paper's baselines
+    probably used, divides each log-ratio by the response's tokens, as the IPO authors confirmed.
     """
     chosen_logratios = (chosen_logps - ref_chosen_logps) / chosen_lengths
     rejected_logratios = (rejected_logps - ref_rejected_logps) / rejected_lengths
@@ -169,10 +167,11 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def kto_pair_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
-    """Mean of a pair's chosen and rejected term of KTO-pair (Ethayarajh et al., arXiv 2402.01306), shape (B,).
+    """Mean of a pair's chosen and rejected KTO-pair term (Ethayarajh et al., 2402.01306), (B,).
 
-    The one loss that couples pairs: each half is measured from the *other* half's batch mean of rho, floored
-    at 0 and not detached (TRL v0.7.8 to v0.9.4), so the whole optimiser batch must come in one call.
+    The one loss that couples pairs: each half is measured from the *other* half's batch mean of
+    rho, floored at 0 and not detached (TRL v0.7.8 to v0.9.4). So the whole optimiser batch must
+    come in one call.
     """
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
@@ -184,9 +183,9 @@ def kto_pair_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_l
 
 
 def sft_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, chosen_lengths):
-    """Negative log-likelihood of the chosen response per token, a mean within each pair, shape (B,).
+    """Negative log-likelihood of the chosen response, a mean over its tokens, shape (B,).
 
-    Reads neither the rejected response nor the reference; they are there for the shared signature.
+    Reads neither the rejected response nor the reference: they complete the signature.
     """
     return -chosen_logps / chosen_lengths
 
@@ -196,9 +195,9 @@ def aipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     """Agreement-aware iterative preference optimization (AIPO, arXiv 2409.08845), shape (B,).
 
     -log sigmoid(beta * D - (1 + alpha) * beta * D_ref) - lam / |y_w| * log pi(y_w), where D is
-    log pi(y_w) - log pi(y_l) and D_ref the reference's. Log-probabilities are sums inside the sigmoid, a
-    per-token mean in the second term. alpha > 0 asks for a larger margin where the reference agrees with the
-    label. alpha = lam = 0 is DPO.
+    log pi(y_w) - log pi(y_l) and D_ref the reference's. Log-probabilities are sums inside the
+    sigmoid, a per-token mean in the second term. alpha > 0 asks for a larger margin where the
+    reference agrees with the label. alpha = lam = 0 is DPO.
     """
     logits = chosen_logps - rejected_logps
     ref_logits = ref_chosen_logps - ref_rejected_logps
@@ -210,22 +209,22 @@ LOSSES = {"iopo": iopo_loss, "dpo": dpo_loss, "hinge": hinge_loss, "ipo": ipo_lo
           "kto_pair": kto_pair_loss, "sft": sft_loss, "aipo": aipo_loss}
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Algorithm 1
 
-# How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls the game
-# zero-sum and prints minus signs in Eq. 12 and 13, but gives one loss for both players (Algorithm 1, lines 5
-# and 10) and lets the adversary prefer y_l. That is "swapped", and with r = 1 it is a game of common interest:
-# exchanging both the labels and the reference leaves h as it was, so both players push the same h up, mu by
-# learning y_w and nu by learning y_l.
+# How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls
+# the game zero-sum and prints minus signs in Eq. 12 and 13, but gives one loss for both players
+# (Algorithm 1, lines 5 and 10) and lets the adversary prefer y_l. That is "swapped". With r = 1 it
+# is a game of common interest: exchanging both the labels and the reference leaves h as it was, so
+# both players push the same h up, mu by learning y_w and nu by learning y_l.
 ADVERSARIES = {"swapped": (True, +1), "negated": (False, -1), "same": (False, +1)}
 
 
 def turns(n_iter, n_mu, n_nu):
-    """Whose optimiser step it is, from the first step to the last: yields (iteration from 1, player).
+    """Whose optimiser step it is, from the first to the last: yields (iteration from 1, player).
 
-    The player named is AGENT and trains; the other one is ENV and frozen. With n_nu = 0 the adversary never
-    trains and stays the SFT model: then "iopo" is DPO with a clipped ratio, and any other loss is itself.
+    The player named is AGENT and trains. The other one is ENV and frozen. With n_nu = 0 the
+    adversary never trains and stays the SFT model: then "iopo" is DPO with a clipped ratio.
     """
     for iteration in range(1, n_iter + 1):                        # Algorithm 1, line 1
         for _ in range(n_mu):                                     # lines 3 to 5: AGENT mu, ENV nu

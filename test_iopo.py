@@ -2,28 +2,30 @@
 
     pip install -r requirements.txt pytest && python -m pytest -q
 
-Where transformers, TRL, pyarrow and sentencepiece are installed (benchmarks/requirements.txt), this is checked against
-them; where ../shared holds a real checkpoint and real preference data, the loop runs on them; otherwise those tests say
-that they were skipped.
+Where transformers, TRL and the other optional libraries are installed, this is checked against
+them; where ../shared holds a real checkpoint and real preference data, the loop runs on them;
+otherwise those tests say that they were skipped.
 """
 
-import concurrent.futures
+import argparse
+import ast
+import contextlib
 import copy
 import gzip
-import hashlib
-import importlib.util
 import inspect
+import itertools
 import json
+import logging
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import types
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,40 +34,175 @@ import safetensors.torch
 import tokenizers
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import eval as examination
 import iopo
 import model as decoder
 import train
-from data import Pair, PairBatch, SafeWorld, Tokenizer, batches, encode_pairs, load_pairs, micro_batches
-from model import Decoder, DecoderConfig, generate, response_logps
+from data import (Pair, PairBatch, SafeWorld, Tokenizer, batches, encode_pairs, load_data,
+                  load_pairs, micro_batches)
+from model import Decoder, DecoderConfig, generate, response_logps, sequence_logps
 
-torch.set_num_threads(1)            # the models are tiny, and a busy machine then costs seconds, not minutes
-HERE = Path(__file__).parent
+torch.set_num_threads(1)            # the models are tiny: more threads would wait for each other
+HERE = Path(iopo.__file__).parent
 SHARED = HERE.parent / "shared"
-STORIES, HH = SHARED / "models/stories260k", SHARED / "data/hh_harmless_train.jsonl.gz"
-needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="no ../shared with a real checkpoint and real data")
+STORIES, HARMLESS = SHARED / "models/stories260k", SHARED / "data/hh_harmless_train.jsonl.gz"
+needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="no ../shared with a real "
+                                  "checkpoint and real data")
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x))
+# --------------------------------------------------------------------------------------------------
+# Small models, rows of all lengths, and log-probabilities the slow way
+
+def tiny_config(**changes):
+    return DecoderConfig(**{**dict(
+        vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=2), **changes})
+
+
+def tiny_model(seed=0, **changes):
+    """A random decoder with weights large enough for confident, varied predictions."""
+    torch.manual_seed(seed)
+    model = Decoder(tiny_config(**changes))
+    for parameter in model.parameters():
+        scale, center = (0.3, 0) if parameter.dim() == 2 else (0.1, 1)
+        parameter.data = torch.randn_like(parameter) * scale + center
+    return model
+
+
+def model_folder(path, seed=0, **changes):
+    """A random checkpoint with the safe world's tokenizer, as a user's model would lie on disk."""
+    tokenizer = SafeWorld.tokenizer()
+    tiny_model(seed, vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
+               max_position_embeddings=128, **changes).save_pretrained(path)
+    tokenizer.save(path)
+    return path
+
+
+def random_rows(rng, n):
+    """Pairs of all lengths: one-token prompts and answers, answers that share a prefix or are one
+    the other's start."""
+    rows = []
+    for _ in range(n):
+        prompt, chosen, rejected = (
+            [rng.randrange(3, 53) for _ in range(rng.choice((1, 2, 3, 8, 15)))] for _ in range(3))
+        if rng.random() < 0.4:
+            rejected = chosen[:rng.randrange(1, len(chosen) + 1)] + rejected
+        rows.append((prompt, chosen + [2] * rng.randrange(2), rejected + [2]))
+    return rows
+
+
+def oracle_logps(model, prompt, response):
+    """Token by token, one plain sequence: the sum of log P(token | everything before it)."""
+    total = 0.0
+    for place in range(len(response)):
+        before = torch.tensor([list(prompt) + list(response[:place])])
+        total = total + torch.log_softmax(model(before)[0, -1], dim=-1)[response[place]]
+    return total
+
+
+def plain_rows(rows, which):
+    """Prompt + answer (1 chosen, 2 rejected) as padded rows: input_ids (B, T), and for the places
+    but the last the tokens that follow and whether these belong to the answer, (B, T-1)."""
+    sequences = [row[0] + row[which] for row in rows]
+    longest = max(map(len, sequences))
+    ids = torch.tensor([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+    places = torch.arange(1, longest)
+    starts = torch.tensor([[len(row[0])] for row in rows])
+    ends = torch.tensor([[len(sequence)] for sequence in sequences])
+    return ids, ids[:, 1:], (places >= starts) & (places < ends)
+
+
+def two_row_logps(model, rows):
+    """The plain path: a row for each answer, cross entropy over all, prompt and padding masked."""
+    columns = []
+    for which in (1, 2):
+        ids, targets, mask = plain_rows(rows, which)
+        losses = F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), targets, reduction="none")
+        columns.append((-losses * mask).sum(dim=1))
+    return columns
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def leave_out_nulls(path):
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: value for k, value in fields.items() if value is not None}))
+
+
+def alone(*functions):
+    """What is left of functions that are copied into a file with torch and F and nothing else."""
+    names = {"torch": torch, "F": F}
+    for function in functions:
+        exec(inspect.getsource(function), names)
+    return names[functions[-1].__name__]
+
+
+WORKS_ALONE = {
+    "iopo": """
+import torch, iopo
+logps = [torch.randn(5, requires_grad=True) for _ in range(4)]
+iopo.iopo_loss(*logps).mean().backward()
+assert logps[0].grad.ne(0).all() and len(list(iopo.turns(2, 3, 1))) == 8
+""",
+    "model": """
+import torch, model
+decoder = model.Decoder(model.DecoderConfig(11, 8, 8, 1, 1, 1, 8))
+decoder.save_pretrained("folder")
+decoder, ids = model.Decoder.from_pretrained("folder"), torch.tensor([[1, 5, 7, 2]])
+logps = model.sequence_logps(decoder(ids)[:, :-1], ids[:, 1:], torch.tensor([[False, True, True]]))
+logps.sum().backward()
+assert logps.item() < 0 and len(model.generate(decoder, [[1], [2, 3]], 4, 0, -1)[1]) == 4
+""",
+    "data": """
+import json, data
+with open("pairs.jsonl", "w") as file:
+    for k in range(40):
+        print(json.dumps({"prompt": f"the {k}", "chosen": "a", "rejected": "b"}), file=file)
+training, held_out, note = data.load_data("pairs.jsonl")
+assert len(training) + len(held_out) == 40 and training and held_out and note
+rows = data.encode_pairs(data.SafeWorld().pairs("train", 20), data.SafeWorld.tokenizer(), 99)[0]
+assert sum(len(batch) for _, batch in data.micro_batches(rows, 300)) == 20
+"""}
+
+
+@pytest.mark.parametrize("room", WORKS_ALONE)
+def test_a_room_works_alone_in_an_empty_folder(room, tmp_path):
+    shutil.copy(HERE / f"{room}.py", tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", WORKS_ALONE[room]], cwd=tmp_path, env=environment,
+                   check=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# iopo.py: equations against plain float arithmetic
+
+READINGS = list(itertools.product(("sequence", "length_normalized", "env", "one"),
+                                  ("min", "two_sided", "none")))
 
 
 def random_logps(n=40, seed=0, scale=30.0):
-    """Four float64 (n,) tensors of log-probabilities; AGENT and ENV near each other, as they are in training."""
+    """Four float64 (n,) tensors; AGENT and ENV near each other, as they are in training."""
     generator = torch.Generator().manual_seed(seed)
     env = -scale * torch.rand(2, n, generator=generator, dtype=torch.float64) - 1
     agent = env + torch.randn(2, n, generator=generator, dtype=torch.float64)
     return agent[0], agent[1], env[0], env[1]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# iopo.py: equations against plain float arithmetic
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
 
 def by_hand(name, w, l, ref_w, ref_l, n_w, n_l, all_pairs):
-    """Each loss for one pair, in Python floats, from the papers' formulas (beta .1, eps .3, alpha .07, lambda .2)."""
+    """Each loss for one pair, in Python floats, from the papers' formulas (beta .1, eps .3,
+    alpha .07, lambda .2)."""
     h = (w - ref_w) - (l - ref_l)
     if name == "iopo":
         return min(math.exp(l - ref_l), 1.3) * math.log(1 + math.exp(-0.1 * h))
@@ -78,7 +215,7 @@ def by_hand(name, w, l, ref_w, ref_l, n_w, n_l, all_pairs):
     if name == "kto_pair":
         kl_w = max(0.0, sum(p[0] - p[2] for p in all_pairs) / len(all_pairs))
         kl_l = max(0.0, sum(p[1] - p[3] for p in all_pairs) / len(all_pairs))
-        return ((1 - sigmoid(0.1 * (w - ref_w - kl_l))) + (1 - sigmoid(0.1 * (kl_w - l + ref_l)))) / 2
+        return (1 - sigmoid(0.1 * (w - ref_w - kl_l)) + 1 - sigmoid(0.1 * (kl_w - l + ref_l))) / 2
     if name == "sft":
         return -w / n_w
     return -math.log(sigmoid(0.1 * (w - l) - 1.07 * 0.1 * (ref_w - ref_l))) - 0.2 * w / n_w
@@ -99,17 +236,19 @@ def call(name, *logps, **more):
 def test_losses_equal_the_formula_in_plain_floats(name):
     logps = random_logps()
     pairs = list(zip(*(column.tolist() for column in logps)))
-    expected = [by_hand(name, *pair, n_w, n_l, pairs) for pair, n_w, n_l in zip(pairs, *lengths().tolist())]
+    expected = [by_hand(name, *pair, n_w, n_l, pairs)
+                for pair, n_w, n_l in zip(pairs, *lengths().tolist())]
     losses = call(name, *logps)
     assert losses.shape == (40,)
-    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64),
+                               rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", iopo.LOSSES)
 def test_loss_gradients_equal_finite_differences(name):
-    """Of the sum over the batch, with the ratio of Eq. 14 held constant (it is a weight, not a term)."""
-    logps = [column[:6].clone().requires_grad_() for column in random_logps(seed=3)]
-    logps[0], logps[1] = ((column + 2).detach().requires_grad_() for column in logps[:2])         # kto_pair's terms act
+    """Of the batch's sum, with the ratio of Eq. 14 held constant (it is a weight, not a term)."""
+    logps = [column[:6] for column in random_logps(seed=3)]
+    logps[:2] = ((column + 2).requires_grad_() for column in logps[:2])   # kto_pair's terms act
     losses = call(name, *logps)
     gradients = torch.autograd.grad(losses.sum(), logps[:2], allow_unused=True)
     ratio = iopo.clip_ratio(iopo.importance_ratio(logps[1], logps[3])).double()
@@ -126,95 +265,8 @@ def test_loss_gradients_equal_finite_differences(name):
             with torch.no_grad():
                 slope = (total(logps[0] + step[0], logps[1] + step[1])
                          - total(logps[0] - step[0], logps[1] - step[1])) / 2e-5
-            assert (0.0 if gradient is None else gradient[place].item()) == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
-
-
-@pytest.mark.parametrize("ratio", ("sequence", "length_normalized", "env", "one"))
-@pytest.mark.parametrize("clip", ("min", "two_sided", "none"))
-def test_gradient_weight_is_what_autograd_finds(ratio, clip):
-    """Eq. 15 (Eq. 8 with ratio one): the weight on log pi(y_w), and its negative on log pi(y_l)."""
-    logps = [column.clone().requires_grad_() for column in random_logps(seed=4, scale=3)]
-    switches = dict(beta=0.3, eps=0.2, clip=clip, ratio=ratio, rejected_lengths=lengths()[1])
-    iopo.iopo_loss(*logps, **switches).sum().backward()
-    weight = iopo.iopo_gradient_weight(*logps, **switches).detach()
-    assert (weight < 0).all()
-    torch.testing.assert_close(logps[0].grad, weight)
-    torch.testing.assert_close(logps[1].grad, -weight)
-
-
-def test_margin_and_probability():
-    w, l, env_w, env_l = random_logps(seed=5)
-    margin = iopo.preference_margin(w, l, env_w, env_l, beta=0.2)
-    for k in range(40):
-        h = math.log(math.exp(w[k] - env_w[k]) / math.exp(l[k] - env_l[k]))
-        assert margin[k].item() == pytest.approx(0.2 * h)
-        # Eq. 1 with the rewards of Eq. 5, and Eq. 13, which may exceed 1
-        rewards = 0.2 * (w[k] - env_w[k]), 0.2 * (l[k] - env_l[k])
-        q = math.exp(rewards[0]) / (math.exp(rewards[0]) + math.exp(rewards[1]))
-        assert iopo.preference_probability(margin)[k].item() == pytest.approx(q)
-        assert iopo.preference_probability(margin, torch.tensor(0.25))[k].item() == pytest.approx(4 * q)
-
-
-def test_importance_ratio():
-    agent = torch.tensor([-10.0, -10.0, -3.0, -500.0, -1.0, float("nan"), -float("inf")], requires_grad=True)
-    env = torch.tensor([-10.0, -11.0, -5.0, -1.0, -500.0, -1.0, -2.0])
-    ratio = iopo.importance_ratio(agent, env)
-    assert not ratio.requires_grad and ratio.dtype == torch.float32
-    torch.testing.assert_close(ratio[:3], torch.tensor([1.0, math.e, math.e ** 2]))
-    assert ratio[3] == ratio[4] == ratio[6] == 1                   # Eq. 11: r = 0 and r = inf count as 1
-    assert ratio[5].isnan()                                        # a broken model must show
-    for dtype in (torch.float64, torch.bfloat16):
-        assert iopo.importance_ratio(agent.to(dtype), env.to(dtype)).dtype == torch.float32
-    normalised = iopo.importance_ratio(torch.tensor([-8.0]), torch.tensor([-2.0]), torch.tensor([3]))
-    assert normalised.item() == pytest.approx(math.exp(-2))        # geometric mean per token
-
-
-def test_clip_ratio():
-    for r in (0.01, 0.5, 0.69, 0.7, 0.9, 1.0, 1.29, 1.3, 1.31, 50.0):
-        value = torch.tensor([r], dtype=torch.float64)
-        assert iopo.clip_ratio(value).item() == pytest.approx(min(r, min(max(r, 0.7), 1.3)))       # Eq. 12 as printed
-        assert iopo.clip_ratio(value).item() == pytest.approx(min(r, 1.3))                         # what it amounts to
-        assert iopo.clip_ratio(value, 0.1, "two_sided").item() == pytest.approx(min(max(r, 0.9), 1.1))
-        assert iopo.clip_ratio(value, mode="none").item() == r
-    assert iopo.clip_ratio(torch.tensor([float("nan")])).isnan()
-
-
-def test_readings_of_the_ratio():
-    w, l, env_w, env_l = random_logps(seed=6, scale=2)
-    n = lengths()[1]
-    expected = {"sequence": l - env_l, "length_normalized": (l - env_l) / n, "env": env_w - env_l, "one": 0 * l}
-    for name, log_ratio in expected.items():
-        ratio = iopo.importance_ratio(*iopo.ratio_terms(l, env_w, env_l, name, n))
-        torch.testing.assert_close(ratio.double(), log_ratio.exp(), rtol=1e-5, atol=0)
-    for wrong in (dict(ratio="nonsense"), dict(clip="nonsense"), dict(ratio="length_normalized")):
-        with pytest.raises(ValueError):
-            iopo.iopo_loss(w, l, env_w, env_l, **wrong)
-
-
-def test_without_ratio_iopo_is_dpo_to_the_last_bit():
-    logps = [column.float() for column in random_logps()]
-    for clip in ("min", "two_sided", "none"):
-        assert torch.equal(iopo.iopo_loss(*logps, ratio="one", clip=clip), iopo.dpo_loss(*logps))
-
-
-def test_games():
-    """With r = 1: exchanged labels give both players the same loss (a team game), equal labels a constant sum."""
-    mu_w, mu_l, nu_w, nu_l = random_logps(seed=7)
-    swapped = iopo.iopo_loss(nu_l, nu_w, mu_l, mu_w, ratio="one")
-    torch.testing.assert_close(swapped, iopo.iopo_loss(mu_w, mu_l, nu_w, nu_l, ratio="one"))
-    q_mu = iopo.preference_probability(iopo.preference_margin(mu_w, mu_l, nu_w, nu_l))
-    q_nu = iopo.preference_probability(iopo.preference_margin(nu_w, nu_l, mu_w, mu_l))
-    torch.testing.assert_close(q_mu + q_nu, torch.ones_like(q_mu))
-
-
-def test_the_misprints_that_were_mended():
-    """Eq. 14 as printed (y_w twice) has no gradient; descent on Eq. 15 as printed goes the wrong way."""
-    mu_w, mu_l, nu_w, nu_l = (column.requires_grad_() for column in random_logps(seed=8))
-    printed = -F.logsigmoid(0.1 * (mu_w - nu_w) - 0.1 * (mu_w - nu_l))
-    torch.testing.assert_close(torch.autograd.grad(printed.sum(), mu_w)[0], torch.zeros(40, dtype=torch.float64))
-    printed_weight = -0.1 * F.logsigmoid(iopo.preference_margin(mu_w, mu_l, nu_w, nu_l))          # Eq. 15 with r = 1
-    assert (printed_weight > 0).all()
-    assert (iopo.iopo_gradient_weight(mu_w, mu_l, nu_w, nu_l, ratio="one") < 0).all()
+            found = 0.0 if gradient is None else gradient[place].item()
+            assert found == pytest.approx(slope.item(), rel=1e-5, abs=1e-8)
 
 
 def test_one_signature():
@@ -224,7 +276,128 @@ def test_one_signature():
         assert all(kind == inspect.Parameter.KEYWORD_ONLY for kind in kinds[4:]), name
 
 
-@pytest.mark.parametrize("n_iter,n_mu,n_nu", [(0, 3, 3), (1, 1, 1), (2, 3, 2), (3, 0, 2), (3, 2, 0), (4, 5, 7)])
+def test_margin_and_probability():
+    """Eq. 5, Eq. 1 with its rewards, and Eq. 13, which may exceed 1."""
+    w, l, env_w, env_l = random_logps(seed=5)
+    margin = iopo.preference_margin(w, l, env_w, env_l, beta=0.2)
+    for k in range(40):
+        h = math.log(math.exp(w[k] - env_w[k]) / math.exp(l[k] - env_l[k]))
+        assert margin[k].item() == pytest.approx(0.2 * h)
+        rewards = 0.2 * (w[k] - env_w[k]), 0.2 * (l[k] - env_l[k])
+        q = math.exp(rewards[0]) / (math.exp(rewards[0]) + math.exp(rewards[1]))
+        assert iopo.preference_probability(margin)[k].item() == pytest.approx(q)
+        ratio = torch.tensor(0.25)
+        assert iopo.preference_probability(margin, ratio)[k].item() == pytest.approx(4 * q)
+
+
+def test_importance_ratio():
+    nan, inf = float("nan"), float("inf")
+    agent = torch.tensor([-10.0, -10.0, -3.0, -500.0, -1.0, nan, -inf], requires_grad=True)
+    env = torch.tensor([-10.0, -11.0, -5.0, -1.0, -500.0, -1.0, -2.0])
+    ratio = iopo.importance_ratio(agent, env)
+    assert not ratio.requires_grad and ratio.dtype == torch.float32
+    torch.testing.assert_close(ratio[:3], torch.tensor([1.0, math.e, math.e ** 2]))
+    assert ratio[3] == ratio[4] == ratio[6] == 1         # Eq. 11: r = 0 or inf counts as 1
+    assert ratio[5].isnan()                                        # a broken model must show
+    for dtype in (torch.float64, torch.bfloat16):
+        assert iopo.importance_ratio(agent.to(dtype), env.to(dtype)).dtype == torch.float32
+    tokens = torch.tensor([3])                                     # geometric mean per token
+    normalised = iopo.importance_ratio(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens)
+    assert normalised.item() == pytest.approx(math.exp(-2))
+
+
+def test_clip_ratio():
+    for r in (0.01, 0.5, 0.69, 0.7, 0.9, 1.0, 1.29, 1.3, 1.31, 50.0):
+        value = torch.tensor([r], dtype=torch.float64)
+        printed, amounts_to = min(r, min(max(r, 0.7), 1.3)), min(r, 1.3)                  # Eq. 12
+        assert iopo.clip_ratio(value).item() == pytest.approx(printed) == pytest.approx(amounts_to)
+        two_sided = iopo.clip_ratio(value, 0.1, "two_sided").item()
+        assert two_sided == pytest.approx(min(max(r, 0.9), 1.1))
+        assert iopo.clip_ratio(value, mode="none").item() == r
+    assert iopo.clip_ratio(torch.tensor([float("nan")])).isnan()
+
+
+@pytest.mark.parametrize("ratio,clip", READINGS)
+def test_readings_of_the_ratio(ratio, clip):
+    """r of Eq. 14 and Eq. 15 under every reading: in the loss, as iopo_weight, and as the weight
+    that autograd finds on log pi(y_w), and its negative on log pi(y_l), Eq. 8 where r is 1."""
+    logps = w, l, env_w, env_l = [column.requires_grad_() for column in random_logps(seed=6)]
+    n = lengths()[1]
+    readings = dict(eps=0.1, clip=clip, ratio=ratio, rejected_lengths=n)
+    r = {"sequence": l - env_l, "length_normalized": (l - env_l) / n, "env": env_w - env_l,
+         "one": 0 * l}[ratio].detach().exp()
+    assert ratio == "one" or r.min() < 0.9 and r.max() > 1.1       # so that both bounds act
+    r = {"min": r.clamp(max=1.1), "two_sided": r.clamp(0.9, 1.1), "none": r}[clip]
+    found = iopo.iopo_weight(*logps, **readings)
+    torch.testing.assert_close(found, r, rtol=1e-5, atol=0)
+    assert not found.requires_grad
+
+    losses = iopo.iopo_loss(*logps, beta=0.3, **readings)
+    margin = 0.3 * ((w - env_w) - (l - env_l)).detach()
+    torch.testing.assert_close(losses, r * torch.log(1 + torch.exp(-margin)), rtol=1e-5, atol=0)
+    losses.sum().backward()
+    weight = iopo.iopo_gradient_weight(*logps, beta=0.3, **readings).detach()
+    assert (weight < 0).all()
+    torch.testing.assert_close(weight, -0.3 * r / (1 + torch.exp(margin)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(w.grad, weight)
+    torch.testing.assert_close(l.grad, -weight)
+
+
+WRONG_READINGS = ((dict(ratio="nonsense"), "ratio must be one of sequence"),
+                  (dict(clip="nonsense"), "clip must be one of min, two_sided, none"),
+                  (dict(ratio="length_normalized"), "needs rejected_lengths"))
+
+
+def test_readings_that_are_refused():
+    for wrong, message in WRONG_READINGS:
+        with pytest.raises(ValueError, match=message):
+            iopo.iopo_loss(*random_logps(), **wrong)
+
+
+def test_iopo_loss_is_copied_with_two_other_functions():
+    copied = alone(iopo.importance_ratio, iopo.clip_ratio, iopo.iopo_loss)
+    for ratio, clip in READINGS:
+        readings = dict(beta=0.2, eps=0.1, clip=clip, ratio=ratio, rejected_lengths=lengths()[1])
+        assert torch.equal(copied(*random_logps(), **readings),
+                           iopo.iopo_loss(*random_logps(), **readings))
+    assert torch.equal(copied(*random_logps()), iopo.iopo_loss(*random_logps()))
+    for wrong, message in WRONG_READINGS:
+        with pytest.raises(ValueError, match=message):
+            copied(*random_logps(), **wrong)
+
+
+def test_without_ratio_iopo_is_dpo_to_the_last_bit():
+    logps = [column.float() for column in random_logps()]
+    for clip in ("min", "two_sided", "none"):
+        losses = iopo.iopo_loss(*logps, ratio="one", clip=clip)
+        assert torch.equal(losses, iopo.dpo_loss(*logps))
+
+
+def test_games():
+    """With r = 1: exchanged labels give both players the same loss (a team game), equal labels a
+    constant sum."""
+    mu_w, mu_l, nu_w, nu_l = random_logps(seed=7)
+    swapped = iopo.iopo_loss(nu_l, nu_w, mu_l, mu_w, ratio="one")
+    torch.testing.assert_close(swapped, iopo.iopo_loss(mu_w, mu_l, nu_w, nu_l, ratio="one"))
+    q_mu = iopo.preference_probability(iopo.preference_margin(mu_w, mu_l, nu_w, nu_l))
+    q_nu = iopo.preference_probability(iopo.preference_margin(nu_w, nu_l, mu_w, mu_l))
+    torch.testing.assert_close(q_mu + q_nu, torch.ones_like(q_mu))
+
+
+def test_the_misprints_that_were_mended():
+    """Eq. 14 as printed (y_w twice) has no gradient; descent on Eq. 15 as printed goes the wrong
+    way."""
+    logps = mu_w, mu_l, nu_w, nu_l = [column.requires_grad_() for column in random_logps(seed=8)]
+    printed = -F.logsigmoid(0.1 * (mu_w - nu_w) - 0.1 * (mu_w - nu_l))
+    slope, = torch.autograd.grad(printed.sum(), mu_w)
+    torch.testing.assert_close(slope, torch.zeros(40, dtype=torch.float64))
+    printed_weight = -0.1 * F.logsigmoid(iopo.preference_margin(*logps))  # Eq. 15 with r = 1
+    assert (printed_weight > 0).all()
+    assert (iopo.iopo_gradient_weight(*logps, ratio="one") < 0).all()
+
+
+@pytest.mark.parametrize("n_iter,n_mu,n_nu", [(0, 3, 3), (1, 1, 1), (2, 3, 2), (3, 0, 2), (3, 2, 0),
+                                              (4, 5, 7)])
 def test_turns_are_algorithm_1(n_iter, n_mu, n_nu):
     expected, i = [], 1
     while i <= n_iter:
@@ -233,28 +406,15 @@ def test_turns_are_algorithm_1(n_iter, n_mu, n_nu):
     assert list(iopo.turns(n_iter, n_mu, n_nu)) == expected
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # model.py: the decoder against a second one, written differently, in float64
 
-def tiny_config(**changes):
-    return DecoderConfig(**{**dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                   num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=2), **changes})
-
-
-def tiny_model(seed=0, **changes):
-    """A random decoder with weights large enough for confident, varied predictions."""
-    torch.manual_seed(seed)
-    model = Decoder(tiny_config(**changes))
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() == 2 else 0.1) + (parameter.dim() == 1)
-    return model
-
-
 def plain_logits(folder, ids):
-    """A checkpoint folder's forward pass for one sequence, in float64, token by token and head by head, with complex
-    rotation, from config.json (either spelling) and the tensors as they are stored."""
+    """A checkpoint folder's forward pass for one sequence, in float64, token by token and head by
+    head, with complex rotation, from config.json (either spelling) and the tensors as stored."""
     c = json.loads((folder / "config.json").read_text())
-    weights = {name: tensor.double() for name, tensor in safetensors.torch.load_file(folder / "model.safetensors").items()}
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    weights = {name: tensor.double() for name, tensor in stored.items()}
     heads, eps = c["num_attention_heads"], c["rms_norm_eps"]
     kv_heads = c.get("num_key_value_heads", heads)
     d = c.get("head_dim") or c["hidden_size"] // heads
@@ -268,10 +428,11 @@ def plain_logits(folder, ids):
             return f / rope["factor"]
         if kind == "llama3":
             wavelength, original = 2 * math.pi / f, rope["original_max_position_embeddings"]
-            if wavelength > original / rope["low_freq_factor"]:
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            if wavelength > original / low:
                 return f / rope["factor"]
-            if wavelength > original / rope["high_freq_factor"]:
-                smooth = (original / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            if wavelength > original / high:
+                smooth = (original / wavelength - low) / (high - low)
                 return (1 - smooth) * f / rope["factor"] + smooth * f
         return f
 
@@ -287,28 +448,32 @@ def plain_logits(folder, ids):
     def project(u, p, which):
         """The heads of queries (0), keys (1) or values (2), (heads, d)."""
         if p + "W_pack.weight" in weights:
-            return (weights[p + "W_pack.weight"] @ u)[which * heads * d:(which + 1) * heads * d].view(-1, d)
+            rows = slice(which * heads * d, (which + 1) * heads * d)
+            return (weights[p + "W_pack.weight"] @ u)[rows].view(-1, d)
         name = f"{p}{'qkv'[which]}_proj."
         vectors = (weights[name + "weight"] @ u + weights.get(name + "bias", 0)).view(-1, d)
         scale = f"{p}{'qkv'[which]}_norm.weight"
-        return torch.stack([norm(vector, scale) for vector in vectors]) if scale in weights else vectors
+        return torch.stack([norm(v, scale) for v in vectors]) if scale in weights else vectors
 
     x = [weights["model.embed_tokens.weight"][i] for i in ids]
     for layer in range(c["num_hidden_layers"]):
         p = f"model.layers.{layer}."
         normed = [norm(v, p + "input_layernorm.weight") for v in x]
         q, k, v = ([project(u, p + "self_attn.", which) for u in normed] for which in range(3))
+        q, k = ([[turn(head, t) for head in heads_] for t, heads_ in enumerate(some)]
+                for some in (q, k))
         for t in range(len(ids)):
             mixed = []
             for head in range(heads):
                 kv = head * kv_heads // heads
-                scores = torch.stack([turn(q[t][head], t) @ turn(k[s][kv], s) for s in range(t + 1)]) / d ** 0.5
+                scores = torch.stack([q[t][head] @ k[s][kv] for s in range(t + 1)]) / d ** 0.5
                 mixed.append(sum(a * v[s][kv] for s, a in enumerate(torch.softmax(scores, 0))))
             x[t] = x[t] + weights[p + "self_attn.o_proj.weight"] @ torch.cat(mixed)
         for t in range(len(ids)):
             u = norm(x[t], p + "post_attention_layernorm.weight")
-            gate, up = weights[p + "mlp.gate_proj.weight"] @ u, weights[p + "mlp.up_proj.weight"] @ u
-            x[t] = x[t] + weights[p + "mlp.down_proj.weight"] @ (gate * torch.sigmoid(gate) * up)
+            gate, up, down = (weights[f"{p}mlp.{which}_proj.weight"]
+                              for which in ("gate", "up", "down"))
+            x[t] = x[t] + down @ ((gate @ u) * torch.sigmoid(gate @ u) * (up @ u))
     head = weights["model.embed_tokens.weight" if c["tie_word_embeddings"] else "lm_head.weight"]
     if c["model_type"] == "baichuan":
         head = torch.stack([row / row.square().sum().sqrt() for row in head])
@@ -317,8 +482,8 @@ def plain_logits(folder, ids):
 
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0,
-          "original_max_position_embeddings": 16}                  # waves of 6.3 to 1000 positions: all three kinds
-SHAPES = {                                                         # of the families, and their corners
+          "original_max_position_embeddings": 16}      # waves of 6.3 to 1000 positions: all 3 kinds
+SHAPES = {                                            # of the families, and their corners
     "llama": dict(),
     "llama, tied": dict(tie_word_embeddings=True),
     "llama 2": dict(num_key_value_heads=4, rope_theta=500.0),
@@ -343,25 +508,26 @@ def test_logits_equal_the_plain_decoder(shape, tmp_path):
     expected = plain_logits(tmp_path, ids[0].tolist())
     padded = torch.stack([F.pad(ids[0], (0, 6)), ids[0].roll(3).repeat(2)[:30]])
     mask = torch.stack([torch.arange(30) < 24, torch.ones(30, dtype=torch.bool)])
-    for decoder_ in (model, Decoder.from_pretrained(tmp_path)):
-        torch.testing.assert_close(decoder_(ids)[0].double(), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(decoder_(padded, attention_mask=mask)[0, :24].double(), expected, rtol=1e-4, atol=1e-4)
+    for ours in (model, Decoder.from_pretrained(tmp_path)):
+        for logits in (ours(ids)[0], ours(padded, attention_mask=mask)[0, :24]):
+            torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     prompts = [ids[0, :n].tolist() for n in (1, 7, 3, 12)]
-    assert generate(model, prompts, 8, 0, 2) == [greedy_alone(model, prompt, 8, (2,)) for prompt in prompts]
+    alone_ = [greedy_alone(model, prompt, 8, (2,)) for prompt in prompts]
+    assert generate(model, prompts, 8, 0, 2) == alone_
 
 
 def test_masks_and_positions():
     model = tiny_model()
     ids = torch.randint(3, 53, (2, 8), generator=torch.Generator().manual_seed(2))
-    alone = model(ids[:1, :5])
+    expected = model(ids[:1, :5])[0]
     right = torch.tensor([[True] * 5 + [False] * 3, [True] * 8])
-    torch.testing.assert_close(model(ids, attention_mask=right)[0, :5], alone[0])
-    left = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids[:1, :5]], dim=1)       # padded on the left
-    mask = torch.tensor([[False] * 3 + [True] * 5])
+    torch.testing.assert_close(model(ids, attention_mask=right)[0, :5], expected)
+    left = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids[:1, :5]], dim=1)
+    mask = torch.tensor([[False] * 3 + [True] * 5])                # padded on the left
     positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]])
     out = model(left, positions=positions, attention_mask=mask)
-    torch.testing.assert_close(out[0, 3:], alone[0])
-    assert out.isfinite().all()                                    # padding sees itself, so no softmax is empty
+    torch.testing.assert_close(out[0, 3:], expected)
+    assert out.isfinite().all()                   # padding sees itself, so no softmax is empty
     square = right[:, None, :].expand(2, 8, 8)
     torch.testing.assert_close(model(ids, attention_mask=square), model(ids, attention_mask=right))
     with pytest.raises(ValueError, match="boolean"):
@@ -372,97 +538,169 @@ def transformers_model(shape, folder):
     """A random model of transformers' own, saved by it."""
     transformers = pytest.importorskip("transformers")
     fields = {**vars(tiny_config(**SHAPES[shape])), "pad_token_id": 0, "bos_token_id": 1}
-    rope = {**(fields.pop("rope_scaling") or {"rope_type": "default"}), "rope_theta": fields.pop("rope_theta")}
+    rope = {**(fields.pop("rope_scaling") or {"rope_type": "default"}),
+            "rope_theta": fields.pop("rope_theta")}
     fields |= {"rope_parameters": rope, "sliding_window": None}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields)).eval()
+    config = transformers.AutoConfig.for_model(**fields)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        parameter.data = torch.randn_like(parameter) * 0.3 + (0.0 if name.endswith("bias") else parameter.dim() == 1)
+        center = 0.0 if name.endswith("bias") else parameter.dim() == 1
+        parameter.data = torch.randn_like(parameter) * 0.3 + center
     model.save_pretrained(folder)
     return transformers, model
 
 
+def logits_equal_transformers(folder, theirs=None):
+    """Both read the folder, or `theirs` stands for it; returns our model."""
+    if theirs is None:
+        theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    ours, ids = Decoder.from_pretrained(folder), torch.randint(3, 53, (1, 60))
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    return ours
+
+
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "baichuan"])
 def test_against_transformers(shape, tmp_path):
+    """Their folder here, ours there, our own config.json there; padding; greedy answers."""
     transformers, theirs = transformers_model(shape, tmp_path / "theirs")
     ours = Decoder.from_pretrained(tmp_path / "theirs")
-    ids = torch.randint(3, 53, (3, 60))                            # of which the original context holds 16
+    ids = torch.randint(3, 53, (3, 60))                   # of which the original context holds 16
     mask = torch.arange(60) < torch.tensor([[60], [7], [1]])
     expected = theirs(ids, attention_mask=mask.long()).logits
-    torch.testing.assert_close(ours(ids, attention_mask=mask)[mask], expected[mask], rtol=0, atol=1e-4)
+    found = ours(ids, attention_mask=mask)
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-4)
     ours.save_pretrained(tmp_path / "ours")
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours",
+                                                                      output_loading_info=True)
     assert not any(report.values()) and type(again) is type(theirs)
     torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
-    fresh = tiny_model(**SHAPES[shape])                            # a config.json that is all our own
-    fresh.save_pretrained(tmp_path / "fresh")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh")
-    torch.testing.assert_close(again(ids).logits, fresh(ids), rtol=0, atol=1e-4)
+    tiny_model(**SHAPES[shape]).save_pretrained(tmp_path / "fresh")
+    logits_equal_transformers(tmp_path / "fresh")
     prompts = [[5, 6, 7, 8], [9], [10, 11], list(range(3, 33))]
     for prompt, answer in zip(prompts, generate(ours, prompts, 10, 0, 2)):
-        full = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, pad_token_id=0)[0].tolist()
-        assert answer == (full[len(prompt):] + [2])[:(full[len(prompt):] + [2]).index(2)]
+        full = theirs.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
+                               pad_token_id=0)[0, len(prompt):].tolist() + [2]
+        assert answer == full[:full.index(2)]
 
 
 def test_the_old_spelling_of_rope_and_the_shards_of_transformers(tmp_path):
     transformers, theirs = transformers_model("llama 3", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     theirs.save_pretrained(tmp_path, max_shard_size="10KB")
-    raw = json.loads((tmp_path / "config.json").read_text())
-    rope = raw.pop("rope_parameters")
-    raw |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": {**rope, "type": rope.pop("rope_type")}}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    ids = torch.randint(3, 53, (1, 60))
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
-    torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    rope = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    kind, theta = rope.pop("rope_type"), rope.pop("rope_theta")
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=theta,
+              rope_scaling={**rope, "type": kind})
+    leave_out_nulls(tmp_path / "config.json")
+    logits_equal_transformers(tmp_path, theirs)
 
 
 @pytest.mark.parametrize("where", ("inside", "outside", "both"))
 def test_where_theta_may_stand(where, tmp_path):
-    transformers, _ = transformers_model("llama, linear", tmp_path)
-    edit_json(tmp_path / "config.json", rope_parameters={"rope_type": "linear", "factor": 7.0} if where == "outside" else None,
-              rope_scaling={**LINEAR, **({} if where == "outside" else {"rope_theta": 300.0})})
-    raw = {name: value for name, value in json.loads((tmp_path / "config.json").read_text()).items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(raw | ({} if where == "inside" else {"rope_theta": 500.0})))
-    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 53, (1, 60))
-    torch.testing.assert_close(Decoder.from_pretrained(tmp_path)(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    transformers_model("llama, linear", tmp_path)
+    edit_json(tmp_path / "config.json",
+              rope_parameters={**LINEAR, "factor": 7.0} if where == "outside" else None,
+              rope_scaling=LINEAR if where == "outside" else {**LINEAR, "rope_theta": 300.0},
+              rope_theta=None if where == "inside" else 500.0)
+    leave_out_nulls(tmp_path / "config.json")
+    logits_equal_transformers(tmp_path)
 
 
 @pytest.mark.parametrize("inside,outside", [(64, 8), (None, 8), (None, None)])
 def test_where_the_original_context_may_stand(inside, outside, tmp_path):
-    """Beside the other numbers of rope_scaling, at the top of config.json, which goes first, or nowhere."""
-    transformers, _ = transformers_model("llama 3", tmp_path)
-    scaling = {**LLAMA3, "original_max_position_embeddings": inside}
-    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=500.0, original_max_position_embeddings=outside,
-              rope_scaling={name: value for name, value in scaling.items() if value is not None})
-    raw = {name: value for name, value in json.loads((tmp_path / "config.json").read_text()).items() if value is not None}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), torch.randint(3, 53, (1, 60))
-    ours = Decoder.from_pretrained(tmp_path)
-    assert ours.config.rope_scaling["original_max_position_embeddings"] == (outside or inside or 32)
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    """Beside the other numbers of rope_scaling, at the top of config.json, which goes first, or
+    nowhere."""
+    transformers_model("llama 3", tmp_path)
+    name = "original_max_position_embeddings"
+    scaling = {key: value for key, value in {**LLAMA3, name: inside}.items() if value is not None}
+    edit_json(tmp_path / "config.json", rope_parameters=None, rope_theta=500.0,
+              rope_scaling=scaling, original_max_position_embeddings=outside)
+    leave_out_nulls(tmp_path / "config.json")
+    ours = logits_equal_transformers(tmp_path)
+    assert ours.config.rope_scaling[name] == (outside or inside or 32)
 
 
-# Response log-probabilities: the one thing everybody gets wrong
+# --------------------------------------------------------------------------------------------------
+# model.py: response log-probabilities, the one thing everybody gets wrong
 
-def oracle_logps(model, prompt, response):
-    """Token by token, one plain sequence: log P(response | prompt) = sum of log P(token | everything before it)."""
-    total = 0.0
-    for place in range(len(response)):
-        before = torch.tensor([list(prompt) + list(response[:place])])
-        total = total + torch.log_softmax(model(before)[0, -1], dim=-1)[response[place]]
-    return total
+def random_logits(dtype=torch.float32):
+    """(6, 9, 13) logits, targets and a mask of prompts, answers and padding; the last row empty."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(6, 9, 13, generator=generator)).to(dtype)
+    targets = torch.randint(0, 13, (6, 9), generator=generator)
+    starts, ends = torch.tensor([[0, 3, 0, 8, 2, 5], [9, 9, 1, 9, 6, 5]])[:, :, None]
+    place = torch.arange(9)
+    return logits, targets, (place >= starts) & (place < ends)
 
 
-def random_rows(rng, n):
-    """Pairs of all lengths: one-token prompts and answers, answers that share a prefix or are one the other's start."""
-    rows = []
-    for _ in range(n):
-        prompt, chosen, rejected = ([rng.randrange(3, 53) for _ in range(rng.choice((1, 2, 3, 8, 15)))] for _ in range(3))
-        if rng.random() < 0.4:
-            rejected = chosen[:rng.randrange(1, len(chosen) + 1)] + rejected
-        rows.append((prompt, chosen + [2] * rng.randrange(2), rejected + [2]))
-    return rows
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+def test_sequence_logps_by_hand(dtype):
+    """Value and gradient in float64; what stands outside the mask (targets of -100, NaN) changes
+    neither."""
+    logits, targets, mask = random_logits(dtype)
+    wide = logits.double().clone().requires_grad_()
+    expected = torch.stack([
+        sum((torch.log(torch.exp(wide[b, t, targets[b, t]]) / torch.exp(wide[b, t]).sum())
+             for t in range(9) if mask[b, t]), wide.new_zeros(())) for b in range(6)])
+    upstream = torch.randn(6, generator=torch.Generator().manual_seed(1))
+    expected.backward(upstream.double())
+    spoilt = (logits.masked_fill(~mask[..., None], float("nan")), targets.masked_fill(~mask, -100))
+    for some, follow in ((logits, targets), spoilt):
+        some = some.clone().requires_grad_()
+        found = sequence_logps(some, follow, mask)
+        assert found.shape == (6,) and found.dtype == torch.float32 and found[5] == 0
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+        found.backward(upstream)
+        tolerance = dict(rtol=1e-2, atol=1e-3) if dtype == torch.bfloat16 else dict(
+            rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(some.grad.double(), wide.grad, **tolerance)
+        assert (some.grad[~mask] == 0).all() and (some.grad[mask] != 0).all()
+
+
+def test_sequence_logps_is_copied_alone():
+    copied = alone(sequence_logps)
+    assert torch.equal(copied(*random_logits()), sequence_logps(*random_logits()))
+    with pytest.raises(ValueError, match="a boolean mask"):
+        copied(*random_logits()[:2], random_logits()[2].float())
+
+
+@pytest.mark.parametrize("change", (
+    lambda logits, targets, mask: (logits, targets, mask.float()),
+    lambda logits, targets, mask: (logits, targets, mask.long()),
+    lambda logits, targets, mask: (logits, targets[:, 1:], mask[:, 1:]),             # not shifted
+    lambda logits, targets, mask: (logits[:, :-1], targets, mask),
+    lambda logits, targets, mask: (logits, targets, mask[:, 1:]),
+    lambda logits, targets, mask: (logits, targets, mask[:1]),                     # would broadcast
+    lambda logits, targets, mask: (logits[0], targets[0], mask)))
+def test_sequence_logps_refuses_other_shapes_and_masks(change):
+    logits, targets, mask = change(*random_logits())
+    with pytest.raises(ValueError, match="needs logits .* a boolean mask") as error:
+        sequence_logps(logits, targets, mask)
+    for shape in (logits.shape, targets.shape, mask.shape):
+        assert ", ".join(map(str, shape)) in str(error.value)
+    assert str(mask.dtype) in str(error.value)
+
+
+@pytest.mark.parametrize("whose", ("ours", "transformers"))
+@pytest.mark.parametrize("shape", ("llama 3", "mistral", "qwen2, tied", "qwen3"))
+def test_sequence_logps_equal_response_logps(shape, whose, tmp_path):
+    """On logits of plain right-padded rows, for every mix of lengths of prompt and answers."""
+    model = logits_of = tiny_model(**SHAPES[shape])
+    if whose == "transformers":
+        transformers = pytest.importorskip("transformers")
+        model.save_pretrained(tmp_path)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        logits_of = lambda ids: theirs(ids).logits                                  # noqa: E731
+    rng = random.Random(0)
+    rows = [tuple([rng.randrange(3, 53) for _ in range(n)] for n in mix)
+            for mix in itertools.product((1, 2, 17), (1, 2, 9), (1, 2, 9))]
+    with torch.no_grad():
+        for which, expected in enumerate(response_logps(model, PairBatch.from_ids(rows)), start=1):
+            ids, targets, mask = plain_rows(rows, which)
+            found = sequence_logps(logits_of(ids)[:, :-1], targets, mask)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -470,27 +708,13 @@ def test_response_logps_equal_a_loop_over_tokens(seed):
     rng, model = random.Random(seed), tiny_model(seed)
     rows = random_rows(rng, 5) + [([7], [9], [11])]
     batch = PairBatch.from_ids(rows)
-    chosen_logps, rejected_logps = response_logps(model, batch)
-    assert chosen_logps.shape == rejected_logps.shape == (6,) and chosen_logps.dtype == torch.float32
+    logps = response_logps(model, batch)
     assert batch.chosen_lengths.tolist() == [len(row[1]) for row in rows]
     assert batch.rejected_lengths.tolist() == [len(row[2]) for row in rows]
-    for k, (prompt, chosen, rejected) in enumerate(rows):
-        torch.testing.assert_close(chosen_logps[k], oracle_logps(model, prompt, chosen), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(rejected_logps[k], oracle_logps(model, prompt, rejected), rtol=1e-5, atol=1e-5)
-
-
-def two_row_logps(model, rows):
-    """The plain path: each prompt + answer a row of its own, padded, cross entropy over all, prompt masked out."""
-    columns = []
-    for which in (1, 2):
-        sequences = [row[0] + row[which] for row in rows]
-        ids = torch.tensor([sequence + [0] * (max(map(len, sequences)) - len(sequence)) for sequence in sequences])
-        logps = -F.cross_entropy(model(ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        places = torch.arange(1, ids.shape[1])
-        starts = torch.tensor([[len(row[0])] for row in rows])
-        ends = torch.tensor([[len(sequence)] for sequence in sequences])
-        columns.append((logps * ((places >= starts) & (places < ends))).sum(dim=1))
-    return columns
+    for which, column in enumerate(logps, start=1):
+        assert column.shape == (6,) and column.dtype == torch.float32
+        expected = torch.stack([oracle_logps(model, row[0], row[which]) for row in rows])
+        torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
 
 
 def weight_gradients(model, logps, coefficients):
@@ -499,161 +723,154 @@ def weight_gradients(model, logps, coefficients):
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+def gradients_agree(found, expected):
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_the_fast_path_equals_the_two_row_path(seed, monkeypatch):
-    """Log-probs to 1e-5, gradients to 1e-4 in norm for every tensor: any mix of lengths, one-token prompts and answers,
-    shared prefixes, prompts long enough to be attended on their own, logits in chunks, layers recomputed."""
+    """Log-probs to 1e-5, gradients to 1e-4 in norm for every tensor: any mix of lengths, one-token
+    prompts and answers, shared prefixes, prompts long enough to be attended on their own, logits in
+    chunks, layers recomputed."""
     rng = random.Random(seed)
     shape = rng.choice(list(SHAPES.values()))
     model = tiny_model(seed, **shape)
     rows = random_rows(rng, rng.choice((1, 2, 7, 20)))
     if seed % 3:
-        rows += [([rng.randrange(3, 53) for _ in range(rng.randrange(60, 80))], *row[1:]) for row in random_rows(rng, 2)]
+        rows += [([rng.randrange(3, 53) for _ in range(rng.randrange(60, 80))], *row[1:])
+                 for row in random_rows(rng, 2)]
     rng.shuffle(rows)
-    monkeypatch.setattr(data, "LONG_CONTEXT", rng.choice((1, 3, 64)))
+    monkeypatch.setattr(decoder, "LONG_CONTEXT", rng.choice((1, 3, 64)))
     monkeypatch.setattr(decoder, "CHUNK", rng.choice((1, 5, 512)))
     model.gradient_checkpointing = rng.random() < 0.3
     coefficients = torch.randn(2, len(rows), generator=torch.Generator().manual_seed(seed))
     logps = response_logps(model, PairBatch.from_ids(rows))
     fast = weight_gradients(model, logps, coefficients)
-    expected_logps = two_row_logps(model, rows)
-    for column, expected in zip(logps, expected_logps):
+    plain = two_row_logps(model, rows)
+    for column, expected in zip(logps, plain):
         torch.testing.assert_close(column, expected, rtol=1e-5, atol=1e-5)
-    for name, expected in weight_gradients(model, expected_logps, coefficients).items():
-        assert (fast[name] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, name
+    gradients_agree(fast, weight_gradients(model, plain, coefficients))
 
 
-def test_token_logps_against_autograd_in_float64():
-    """The closed-form derivative of TokenLogps, by finite differences and by autograd of a plain log softmax."""
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 6, generator=generator, requires_grad=True) for n in (9, 11))
-    targets, upstream = torch.randint(0, 11, (9,), generator=generator), torch.randn(9, generator=generator)
-    for chunk in (2, 9, 100):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoder, "CHUNK", chunk)
-            token_logps = decoder.TokenLogps.apply(hidden, weight, targets)
-            found = torch.autograd.grad(token_logps, (hidden, weight), upstream)
-        wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-        plain = torch.log_softmax(wide[0] @ wide[1].T, dim=1)[torch.arange(9), targets]
-        torch.testing.assert_close(token_logps.double(), plain, rtol=1e-5, atol=1e-6)
-        for ours, expected in zip(found, torch.autograd.grad(plain, wide, upstream.double())):
-            torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-6)
+def test_the_heads_gradient_is_summed_in_its_own_dtype(monkeypatch):
+    """Under autocast every chunk's products are bfloat16; their sum over many chunks is not."""
+    model, gradients = tiny_model(), []
+    batch = PairBatch.from_ids(random_rows(random.Random(0), 20))
+    for chunk in (1, 10**6):
+        monkeypatch.setattr(decoder, "CHUNK", chunk)
+        with torch.autocast("cpu", torch.bfloat16):
+            logps = response_logps(model, batch)
+        assert logps[0].dtype == torch.float32
+        gradients.append(weight_gradients(model, logps, torch.ones(2, 20))["lm_head.weight"])
+    assert (gradients[0] - gradients[1]).norm() <= 1e-2 * gradients[1].norm()
 
 
 def test_no_logits_outlive_their_chunk(monkeypatch):
-    """What is saved for the backward pass holds no (tokens, V) tensor, and no matrix product makes more than a chunk."""
+    """What is saved for the backward pass holds no (tokens, V) tensor, and no matrix product makes
+    more than a chunk."""
     model = tiny_model(vocab_size=1009)
     batch = PairBatch.from_ids(random_rows(random.Random(0), 12))
     monkeypatch.setattr(decoder, "CHUNK", 7)
-    saved, made = [], []
-    linear = F.linear
+    saved, made, linear = [], [], F.linear
     monkeypatch.setattr(F, "linear", lambda *inputs: made.append(linear(*inputs)) or made[-1])
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor):
         logps = response_logps(model, batch)
     torch.stack(logps).sum().backward()
-    assert batch.mask.sum() > 50 and (made := [out.shape for out in made if out.shape[-1] == 1009])
-    assert all(shape[0] <= 7 for shape in made) and sum(shape[0] for shape in made) == 2 * batch.mask.sum()
+    tokens = (batch.chosen_lengths + batch.rejected_lengths).sum()
+    assert tokens > 50 and (made := [out.shape for out in made if out.shape[-1] == 1009])
+    assert all(shape[0] <= 7 for shape in made) and sum(shape[0] for shape in made) == 2 * tokens
     assert not any(1009 in shape and shape[0] != 1009 for shape in saved)
 
 
-def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all(monkeypatch):
-    """Counted where the work is: rows of every linear layer's input for a pair with a prompt of 40."""
+def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all():
+    """Counted where the work is: rows of every linear layer's input for a pair with a prompt of
+    40, whose last token stands before both answers, and whose EOS tokens are no input."""
     model, seen = tiny_model(), Counter()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda _, inputs, out, name=name: seen.update({name: inputs[0].shape[1]}))
+            module.register_forward_hook(
+                lambda _, inputs, out, name=name: seen.update({name: inputs[0].shape[1]}))
     response_logps(model, PairBatch.from_ids([(list(range(3, 43)), [5, 6, 2], [7, 8, 9, 2])]))
     last = len(model.model.layers) - 1
     for name, tokens in seen.items():
         few = f"layers.{last}." in name and not name.endswith(("k_proj", "v_proj"))
-        assert tokens == (1 + 2 + 3 if few else 40 + 2 + 3), name
+        assert tokens == (3 + 4 if few else 39 + 3 + 4), name
     assert len(seen) == 7 * (last + 1)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_compiled_layers_compute_the_same():
-    """Forward, gradients, generation, for batches of other lengths than the first; ENV, compiled too, agrees exactly."""
-    plain = tiny_model(2)
-    compiled, env = copy.deepcopy(plain), copy.deepcopy(plain)
-    compiled.compile_layers()
-    env.compile_layers()
-    for seed, n in ((0, 3), (1, 9), (2, 5)):
-        batch = PairBatch.from_ids(random_rows(random.Random(seed), n))
-        with torch.no_grad():
-            reference = torch.stack(response_logps(env, batch))
-        logps, expected = response_logps(compiled, batch), response_logps(plain, batch)
-        torch.testing.assert_close(torch.stack(logps), torch.stack(expected), rtol=1e-5, atol=1e-5)
-        assert torch.equal(torch.stack(logps), reference)
-        found = weight_gradients(compiled, logps, torch.ones(2, n))
-        for name, gradient in weight_gradients(plain, expected, torch.ones(2, n)).items():
-            assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
-    prompts = [[5, 6, 7], [8]]
-    assert generate(compiled, prompts, 6, 0, 2) == generate(plain, prompts, 6, 0, 2)
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-@pytest.mark.parametrize("compiler", ("no-such-compiler", "false"))
-def test_compiling_needs_a_compiler(compiler, tmp_path, monkeypatch):
-    command = [sys.executable, "train.py", "--compile", "--device", "cpu", "--out", str(tmp_path / "run")]
-    out = subprocess.run(command, capture_output=True, text=True, cwd=HERE,
-                         env=os.environ | {"CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")})
-    assert out.returncode == 2 and "--compile" in out.stderr and len(out.stderr.strip().splitlines()) == 1, out.stderr
-    assert not (tmp_path / "run").exists()
-
-
-def test_recomputed_layers_train_to_the_same_weights(tmp_path):
-    assert same(run(tmp_path / "plain")[1], run(tmp_path / "recomputed", "--gradient-checkpointing")[1])
+def trl_trainer(folder, model, rows, processing_class, reference=None):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    return trl.DPOTrainer(
+        model=model, ref_model=reference or copy.deepcopy(model), processing_class=processing_class,
+        train_dataset=datasets.Dataset.from_list(rows),
+        args=trl.DPOConfig(output_dir=str(folder / "trl"), beta=0.1, report_to=[], use_cpu=True,
+                           bf16=False))
 
 
 @pytest.mark.parametrize("rows", ("hh", "chat", "random"))
 def test_log_probs_and_dpo_loss_equal_trls(rows, tmp_path):
-    """TRL's DPOTrainer on identical tokens: the log-probs of every pair by both models, and the loss."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    """TRL's DPOTrainer on identical tokens: every pair's log-probs by both models, and the loss."""
+    pytest.importorskip("trl")
     transformers = pytest.importorskip("transformers")
-    tokenizer, talk = SafeWorld.tokenizer(), "\n\nHuman: How do I fix it?\n\nAssistant: Use a key.\n\nHuman: {}\n\nAssistant:"
+    tokenizer = SafeWorld.tokenizer()
     if rows == "random":
         ids = random_rows(random.Random(0), 6)
     elif rows == "hh":
-        pairs = [data.parse_row({"chosen": talk.format(k) + " Good question." * (k + 1), "rejected": talk.format(k) + " No."}, "")
-                 for k in range(6)]
-        ids = [tokenizer.encode_pair(pair) for pair in pairs]
+        talk = ("\n\nHuman: How do I fix it?\n\nAssistant: Use a key.\n\nHuman: {}\n\nAssistant:")
+        ids = [tokenizer.encode_pair(data.parse_row(
+            {"chosen": talk.format(k) + " Good question." * (k + 1),
+             "rejected": talk.format(k) + " No."}, "")) for k in range(6)]
     else:
-        tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": CHATML.encode()})
-        pairs = [Pair([turn("user", "Hi" * k), turn("assistant", "hm"), turn("user", "Go")], "Good" * (k + 1), "Bad") for k in range(6)]
-        ids = [tokenizer.encode_pair(pair) for pair in pairs]
-    ours, env = (tiny_model(seed, vocab_size=tokenizer.largest_id + 1, model_type="qwen2") for seed in (0, 1))
+        tokenizer = Tokenizer({**tokenizer.files, "chat_template.jinja": TEMPLATE.encode()})
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "hm"},
+                 {"role": "user", "content": "Go"}]
+        ids = [tokenizer.encode_pair(Pair([{**turns[0], "content": "Hi" * k}, *turns[1:]],
+                                          "Good" * (k + 1), "Bad")) for k in range(6)]
+    size = tokenizer.largest_id + 1
+    ours, env = (tiny_model(seed, vocab_size=size, model_type="qwen2") for seed in (0, 1))
     for parameter, near in zip(env.parameters(), ours.parameters()):
         parameter.data = near.data + 0.02 * parameter.data
-    for name, model in (("ours", ours), ("env", env)):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save(tmp_path / name)
-    theirs, reference = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ours", "env"))
-    trainer = trl.DPOTrainer(
-        model=theirs, ref_model=reference, train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}]),
-        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), beta=0.1, report_to=[], use_cpu=True, bf16=False),
-        processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours"))
-    batch = trainer.data_collator([dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row)) for row in ids])
-    expected = [*trainer.compute_ref_log_probs(theirs, batch), *trainer.compute_ref_log_probs(reference, batch)]
-    logps = [*response_logps(ours, PairBatch.from_ids(ids)), *response_logps(env, PairBatch.from_ids(ids))]
+    ours.save_pretrained(tmp_path / "ours")
+    env.save_pretrained(tmp_path / "env")
+    tokenizer.save(tmp_path / "ours")
+    theirs, reference = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+                         for name in ("ours", "env"))
+    trainer = trl_trainer(
+        tmp_path, theirs, [{"prompt": "a", "chosen": " b", "rejected": " c"}],
+        transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "ours"), reference)
+    batch = trainer.data_collator(
+        [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row)) for row in ids])
+    expected = [column for model in (theirs, reference)
+                for column in trainer.compute_ref_log_probs(model, batch)]
+    logps = [column for model in (ours, env)
+             for column in response_logps(model, PairBatch.from_ids(ids))]
     for column, their_column in zip(logps, expected):
         torch.testing.assert_close(column, their_column, rtol=0, atol=1e-3)
     loss = iopo.dpo_loss(*logps).mean().item()
-    assert loss == pytest.approx(trainer.compute_loss(theirs, batch).item(), abs=1e-4) and abs(loss - math.log(2)) > 1e-3
+    assert loss == pytest.approx(trainer.compute_loss(theirs, batch).item(), abs=1e-4)
+    assert abs(loss - math.log(2)) > 1e-3
 
 
 def test_prompts_and_tokens_are_trls(tmp_path):
-    """Where both mean the same: text rows with and without a prompt, the EOS at the end, BOS, the seam."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    transformers = pytest.importorskip("transformers")
-    for chosen, rejected in (("The sky is blue.", "The sky is green."), ("a b", "a c"), ("The sky\nblue.", "The sky\nbright.")):
+    """Where both mean the same: text rows with and without a prompt, the EOS at the end, BOS, the
+    seam."""
+    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
+    for chosen, rejected in (("The sky is blue.", "The sky is green."), ("a b", "a c"),
+                             ("The sky\nblue.", "The sky\nbright.")):
         theirs = trl.extract_prompt({"chosen": chosen, "rejected": rejected})
         ours = data.parse_row({"chosen": chosen, "rejected": rejected}, "")
-        assert (ours.prompt, ours.chosen, ours.rejected) == (theirs["prompt"], theirs["chosen"], theirs["rejected"])
+        assert {name: getattr(ours, name) for name in theirs} == theirs and len(theirs) == 3
     folder = model_folder(tmp_path / "model")
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in SafeWorld().pairs("train", 20)]
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    trainer = trl.DPOTrainer(model=model, ref_model=copy.deepcopy(model), train_dataset=datasets.Dataset.from_list(rows),
-                             processing_class=transformers.AutoTokenizer.from_pretrained(folder),
-                             args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), report_to=[], use_cpu=True, bf16=False))
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            for pair in SafeWorld().pairs("train", 20)]
+    trainer = trl_trainer(tmp_path, transformers.AutoModelForCausalLM.from_pretrained(folder), rows,
+                          transformers.AutoTokenizer.from_pretrained(folder))
     tokenizer = Tokenizer.from_pretrained(folder)
     for row, theirs in zip(rows, trainer.train_dataset, strict=True):
         ours = tokenizer.encode_pair(data.parse_row(row, ""))
@@ -662,33 +879,38 @@ def test_prompts_and_tokens_are_trls(tmp_path):
 
 def test_neither_answer_sees_the_other_nor_the_padding():
     model = tiny_model()
-    chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
-    other = PairBatch.from_ids([([5, 6], [10, 11, 12, 2], [9, 2]), ([5, 6], [7, 8, 2], [20] * 12), ([4] * 30, [3], [3])])
-    other_chosen, other_rejected = response_logps(model, other)
-    torch.testing.assert_close(other_chosen[1], chosen_logps[0])
-    torch.testing.assert_close(other_rejected[0], rejected_logps[0])
+    first = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
+    others = response_logps(model, PairBatch.from_ids([
+        ([5, 6], [10, 11, 12, 2], [9, 2]), ([5, 6], [7, 8, 2], [20] * 12), ([4] * 30, [3], [3])]))
+    torch.testing.assert_close(others[0][1], first[0][0])
+    torch.testing.assert_close(others[1][0], first[1][0])
 
 
 def test_every_response_token_counts_and_no_prompt_token():
-    """EOS and the first token move the answer's log-prob; what stands before the last prompt token's prediction
-    does so only through the context (checked by a model that sees no context at all)."""
+    """EOS and the first token move the answer's log-prob; what stands before the last prompt
+    token's prediction does so only through the context (checked by a model that sees none)."""
     model = tiny_model()
     for block in model.model.layers:
         block.self_attn.o_proj.weight.data.zero_()                 # a unigram-after-one-token model
-    table = torch.log_softmax(model(torch.arange(53)[:, None])[:, 0], dim=-1)         # row: token -> log-probs of the next
-    chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids([([5, 6], [7, 8, 2], [9, 2])]))
-    assert chosen_logps.item() == pytest.approx((table[6, 7] + table[7, 8] + table[8, 2]).item(), abs=1e-5)
-    assert rejected_logps.item() == pytest.approx((table[6, 9] + table[9, 2]).item(), abs=1e-5)
+    table = torch.log_softmax(model(torch.arange(53)[:, None])[:, 0], dim=-1)
+    rows = [([5, 6], [7, 8, 2], [9, 2])]
+    expected = (table[6, 7] + table[7, 8] + table[8, 2], table[6, 9] + table[9, 2])
+    for which, column in enumerate(response_logps(model, PairBatch.from_ids(rows)), start=1):
+        ids, targets, mask = plain_rows(rows, which)
+        for found in (column, sequence_logps(model(ids)[:, :-1], targets, mask)):
+            assert found.item() == pytest.approx(expected[which - 1].item(), abs=1e-5)
 
 
 def test_rows_without_a_rejected_answer():
     model, rows = tiny_model(), [([5, 6], [7, 8, 2], None), ([5], [9], None)]
     chosen_logps, rejected_logps = response_logps(model, PairBatch.from_ids(rows))
     assert rejected_logps.tolist() == [0, 0]
-    torch.testing.assert_close(chosen_logps[0], oracle_logps(model, [5, 6], [7, 8, 2]), rtol=1e-5, atol=1e-5)
+    expected = torch.stack([oracle_logps(model, *row[:2]) for row in rows])
+    torch.testing.assert_close(chosen_logps, expected, rtol=1e-5, atol=1e-5)
 
 
-# Generation
+# --------------------------------------------------------------------------------------------------
+# model.py: generation
 
 def greedy_alone(model, prompt, new, stop):
     """No cache, no batch: recompute everything for every token."""
@@ -716,15 +938,16 @@ def test_greedy_generation_equals_recomputation(stop):
 
 def test_sampling_follows_the_softmax():
     model, temperature, n = tiny_model(3), 1.7, 4000
-    expected = torch.softmax(model(torch.tensor([[5, 6]]))[0, -1].double() / temperature, dim=-1)
-    answers = generate(model, [[5, 6]] * n, 1, temperature, -1, torch.Generator().manual_seed(0))
-    counts = torch.bincount(torch.tensor([a[0] for a in answers]), minlength=53).double()
-    often = expected * n >= 5
-    chi2 = ((counts - expected * n) ** 2 / (expected * n))[often].sum().item()
+    logits = model(torch.tensor([[5, 6]]))[0, -1].double()
+    expected = n * torch.softmax(logits / temperature, dim=-1)
+    draws = [generate(model, [[5, 6]] * n, 1, temperature, -1, torch.Generator().manual_seed(0))
+             for _ in range(2)]
+    assert draws[0] == draws[1]
+    counts = torch.bincount(torch.tensor(draws[0])[:, 0], minlength=53).double()
+    often = expected >= 5
+    chi2 = ((counts - expected) ** 2 / expected)[often].sum().item()
     freedom = int(often.sum()) - 1
     assert chi2 < freedom + 5 * math.sqrt(2 * freedom)
-    again = generate(model, [[5, 6]] * n, 1, temperature, -1, torch.Generator().manual_seed(0))
-    assert answers == again
 
 
 def test_generation_edges():
@@ -735,160 +958,15 @@ def test_generation_edges():
         generate(model, [[3], []], 5, 0, 2)
 
 
-# Hugging Face folders
+# --------------------------------------------------------------------------------------------------
+# model.py: Hugging Face folders
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_save_and_load(shape, tmp_path):
-    model = tiny_model(**SHAPES[shape])
-    model.save_pretrained(tmp_path)
-    loaded = Decoder.from_pretrained(tmp_path)
-    assert loaded.config == model.config and same(dict(loaded.state_dict()), dict(model.state_dict()))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    attention = {name.removeprefix("model.layers.0.self_attn.") for name in tensors if "layers.0.self_attn" in name}
-    more = {"qwen2": {"q_proj.bias", "k_proj.bias", "v_proj.bias"}, "qwen3": {"q_norm.weight", "k_norm.weight"}}
-    plain = {"W_pack.weight"} if shape == "baichuan" else {"q_proj.weight", "k_proj.weight", "v_proj.weight"}
-    assert attention == {"o_proj.weight"} | plain | more.get(model.config.model_type, set())
-    assert ("lm_head.weight" in tensors) != model.config.tie_word_embeddings
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
-def test_baichuans_head_stays_normalised_while_it_trains(tmp_path):
-    """Logits and log-probs do not change with the length of lm_head's rows, and no gradient goes along them."""
-    model = tiny_model(**SHAPES["baichuan"])
-    w, l = response_logps(model, PairBatch.from_ids(random_rows(random.Random(0), 4)))
-    (w - l).sum().backward()
-    head = model.lm_head.weight
-    assert head.grad.norm() > 1e-3
-    torch.testing.assert_close((head.grad * head.detach()).sum(dim=1), torch.zeros(53), rtol=0, atol=1e-5)
-    ids = torch.randint(3, 53, (1, 9))
-    before = model(ids)
-    head.data *= torch.rand(53, 1) + 0.5
-    torch.testing.assert_close(model(ids), before)
-
-
-def test_saved_as_it_came(tmp_path):
-    """config.json keeps what the decoder does not read, but for the dtype, which is that of the weights now."""
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "a")
-    edit_json(tmp_path / "a/config.json", auto_map={"AutoModel": "x.Y"}, rope_theta=None, torch_dtype="bfloat16")
-    raw = json.loads((tmp_path / "a/config.json").read_text())
-    Decoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
-    assert json.loads((tmp_path / "b/config.json").read_text()) == {**raw, "torch_dtype": "float32"}
-
-
-def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
-    model = tiny_model(model_type="baichuan", num_key_value_heads=4)
-    model.save_pretrained(tmp_path)                                # in one file, which the shards replace
-    monkeypatch.setattr(decoder, "SHARD_BYTES", 15000)
-    model.save_pretrained(tmp_path)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    count = len(names) - 2
-    assert count > 2 and names == ["config.json"] + [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)] \
-        + ["model.safetensors.index.json"]
-    assert all((tmp_path / name).stat().st_size < 17000 for name in names)
-    more, other = tiny_model(vocab_size=100), tmp_path / "more"    # a save in more shards, and one in fewer over it
-    more.save_pretrained(other)
-    before = {path.name for path in other.iterdir()}
-    monkeypatch.setattr(decoder, "SHARD_BYTES", 30000)
-    more.save_pretrained(other)
-    files = set(json.loads((other / "model.safetensors.index.json").read_text())["weight_map"].values())
-    assert {path.name for path in other.iterdir()} == files | {"config.json", "model.safetensors.index.json"} != before
-    assert same(dict(Decoder.from_pretrained(other).state_dict()), dict(more.state_dict()))
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
-    for name, shard in index["weight_map"].items():
-        with safetensors.safe_open(tmp_path / shard, framework="pt") as tensors:
-            assert name in tensors.keys()
-    assert same(dict(Decoder.from_pretrained(tmp_path).state_dict()), dict(model.state_dict()))
-    monkeypatch.undo()
-    model.save_pretrained(tmp_path)                                # and back
-    assert same(dict(Decoder.from_pretrained(tmp_path).state_dict()), dict(model.state_dict()))
-
-
-@pytest.mark.parametrize("shards", (1, 3))
-def test_pytorch_bins(tmp_path, shards):
-    model = tiny_model()
-    model.save_pretrained(tmp_path)
-    tensors = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)           # old checkpoints hold it
-    (tmp_path / "model.safetensors").unlink()
-    where = {name: f"pytorch_model-{k % shards}.bin" if shards > 1 else "pytorch_model.bin" for k, name in enumerate(tensors)}
-    for file in set(where.values()):
-        torch.save({name: tensor for name, tensor in tensors.items() if where[name] == file}, tmp_path / file)
-    if shards > 1:
-        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    loaded = Decoder.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(tensor, tensors[name].float()) for name, tensor in loaded.items())
-
-
-def test_a_tied_head_that_is_stored_too(tmp_path):
-    model = tiny_model(tie_word_embeddings=True, vocab_size=3000)
-    model.save_pretrained(tmp_path)
-    edit_tensors(tmp_path / "model.safetensors", lambda t: t.update(
-        {"lm_head.weight": t["model.embed_tokens.weight"].half(), "model.embed_tokens.weight": t["model.embed_tokens.weight"].half()}))
-    loaded = Decoder.from_pretrained(tmp_path)
-    assert loaded.lm_head is None and torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight.half().float())
-    edit_tensors(tmp_path / "model.safetensors", lambda t: t["lm_head.weight"][2999, 31].add_(1))
-    with pytest.raises(ValueError, match="but their weights differ"):
-        Decoder.from_pretrained(tmp_path)
-
-
-def test_windows_that_no_layer_looks_at(tmp_path):
-    tiny_model(model_type="qwen2").save_pretrained(tmp_path)
-    for changes in (dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2), dict(use_sliding_window=False),
-                    dict(sliding_window=2048)):
-        edit_json(tmp_path / "config.json", **{"use_sliding_window": True, "sliding_window": 64, "layer_types": None,
-                                               "max_window_layers": 0, **changes})
-        Decoder.from_pretrained(tmp_path)
-
-
-MEMORY = """
-import sys, model
-def peak(): return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-model.Decoder(model.DecoderConfig(8, 8, 8, 1, 1, 1, 8))            # torch has what it needs from now on
-before = peak()
-decoder = model.Decoder.from_pretrained(sys.argv[1])
-print((peak() - before) / sum(parameter.nbytes for parameter in decoder.parameters()))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's peak memory from")
-@pytest.mark.parametrize("form", ("safetensors", "bfloat16", "bin", "tied"))
-def test_loading_needs_little_more_than_the_model(tmp_path, form):
-    """50 million parameters, a third of them embeddings; the peak of a fresh process over the model's own size."""
-    config = DecoderConfig(32000, 512, 1408, 15 if form == "tied" else 10, 8, 4, 64, tie_word_embeddings=form == "tied")
-    model = Decoder(config)
-    assert 45e6 < sum(parameter.numel() for parameter in model.parameters()) < 65e6
-    model.to(torch.bfloat16 if form == "bfloat16" else torch.float32).save_pretrained(tmp_path)
-    if form == "bin":
-        as_bin(tmp_path)
-    if form == "tied":                                             # the file stores the head all the same
-        edit_tensors(tmp_path / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True, text=True, check=True)
-    assert 0.9 < float(out.stdout) < 1.1, out.stdout
-
-
-def test_shards_and_both_spellings_of_rope(tmp_path):
-    model = tiny_model(rope_theta=777.0)
-    model.save_pretrained(tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    shards = {name: f"model-{1 + k % 2:05d}-of-00002.safetensors" for k, name in enumerate(sorted(tensors))}
-    for shard in set(shards.values()):
-        part = {name: tensors[name].bfloat16() for name in tensors if shards[name] == shard}
-        safetensors.torch.save_file(part, tmp_path / shard)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    raw = json.loads((tmp_path / "config.json").read_text())
-    for leave_out in ("rope_parameters", "rope_theta"):
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != leave_out}))
-        loaded = Decoder.from_pretrained(tmp_path)
-        assert loaded.config.rope_theta == 777.0
-        for name, tensor in loaded.state_dict().items():
-            assert tensor.dtype == torch.float32 and torch.equal(tensor, tensors[name].bfloat16().float())
-
-
-def edit_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def tensors_of(model):
+    return dict(model.state_dict())
 
 
 def edit_tensors(path, change):
@@ -897,107 +975,326 @@ def edit_tensors(path, change):
     safetensors.torch.save_file(tensors, path)
 
 
+def in_shards(folder, tensors, where, index, save):
+    """A folder's weights as files by `where`, {tensor: file}, instead of the one that it has."""
+    (folder / WEIGHTS).unlink()
+    for file in set(where.values()):
+        save({name: tensors[name] for name in tensors if where[name] == file}, folder / file)
+    (folder / index).write_text(json.dumps({"weight_map": where}))
+
+
 def as_bin(folder, change=lambda content: content):
     """model.safetensors to pytorch_model.bin, perhaps damaged."""
-    torch.save(safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(change((folder / "pytorch_model.bin").read_bytes()))
+    torch.save(safetensors.torch.load_file(folder / WEIGHTS), folder / BIN)
+    (folder / WEIGHTS).unlink()
+    (folder / BIN).write_bytes(change((folder / BIN).read_bytes()))
 
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_save_and_load(shape, tmp_path):
+    model = tiny_model(**SHAPES[shape])
+    model.save_pretrained(tmp_path)
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.config == model.config and same(tensors_of(loaded), tensors_of(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", WEIGHTS]
+    tensors, prefix = safetensors.torch.load_file(tmp_path / WEIGHTS), "model.layers.0.self_attn."
+    attention = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    plain = {"q_proj.weight", "k_proj.weight", "v_proj.weight"}
+    more = {"qwen2": {"q_proj.bias", "k_proj.bias", "v_proj.bias"},
+            "qwen3": {"q_norm.weight", "k_norm.weight"}}.get(model.config.model_type, set())
+    plain = {"W_pack.weight"} if shape == "baichuan" else plain
+    assert attention == {"o_proj.weight"} | plain | more
+    assert ("lm_head.weight" in tensors) != model.config.tie_word_embeddings
+
+
+def test_baichuans_head_stays_normalised_while_it_trains():
+    """Logits and log-probs do not change with the length of lm_head's rows, and no gradient goes
+    along them."""
+    model = tiny_model(**SHAPES["baichuan"])
+    w, l = response_logps(model, PairBatch.from_ids(random_rows(random.Random(0), 4)))
+    (w - l).sum().backward()
+    head = model.lm_head.weight
+    assert head.grad.norm() > 1e-3
+    along = (head.grad * head.detach()).sum(dim=1)
+    torch.testing.assert_close(along, torch.zeros(53), rtol=0, atol=1e-5)
+    ids = torch.randint(3, 53, (1, 9))
+    before = model(ids)
+    head.data *= torch.rand(53, 1) + 0.5
+    torch.testing.assert_close(model(ids), before)
+
+
+def test_saved_as_it_came(tmp_path):
+    """config.json keeps what the decoder does not read, but for the dtype, which is that of the
+    weights now."""
+    tiny_model().save_pretrained(tmp_path / "a")
+    edit_json(tmp_path / "a/config.json", auto_map={"AutoModel": "x.Y"}, rope_theta=None,
+              torch_dtype="bfloat16")
+    raw = json.loads((tmp_path / "a/config.json").read_text())
+    Decoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    again = json.loads((tmp_path / "b/config.json").read_text())
+    assert again == {**raw, "torch_dtype": "float32"}
+
+
+def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
+    """Over one file, over more shards, and back to one file: what the last save wrote is left."""
+    model = tiny_model(model_type="baichuan", num_key_value_heads=4, vocab_size=100)
+    left = []
+    for shard_bytes in (None, 15000, 30000, None):
+        monkeypatch.setattr(decoder, "SHARD_BYTES", shard_bytes or 5 * 10**9)
+        model.save_pretrained(tmp_path)
+        assert same(tensors_of(Decoder.from_pretrained(tmp_path)), tensors_of(model))
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
+        if shard_bytes is None:
+            assert left[-1] == ["config.json", WEIGHTS]
+            continue
+        count = len(left[-1]) - 2
+        shards = [f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]
+        assert left[-1] == ["config.json", *shards, INDEX] and count > 2
+        assert all((tmp_path / name).stat().st_size < shard_bytes + 2000 for name in shards)
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.parameters())
+        for name, shard in index["weight_map"].items():
+            with safetensors.safe_open(tmp_path / shard, framework="pt") as tensors:
+                assert name in tensors.keys()
+    assert len(left[1]) > len(left[2])
+
+
+def test_shards_and_both_spellings_of_rope(tmp_path):
+    tiny_model(rope_theta=777.0).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    where = {name: f"model-{1 + k % 2:05d}-of-00002.safetensors"
+             for k, name in enumerate(sorted(tensors))}
+    in_shards(tmp_path, tensors, where, INDEX, safetensors.torch.save_file)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for other in (dict(rope_parameters=None, rope_theta=777.0), dict(rope_theta=None)):
+        (tmp_path / "config.json").write_text(json.dumps({**raw, **other}))
+        leave_out_nulls(tmp_path / "config.json")
+        loaded = Decoder.from_pretrained(tmp_path)
+        assert loaded.config.rope_theta == 777.0
+        assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+        assert same(tensors_of(loaded), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("shards", (1, 3))
+def test_pytorch_bins(tmp_path, shards):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    tensors = {name: tensor.half() for name, tensor in tensors_of(model).items()}
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}   # old ones hold it
+    where = {name: f"pytorch_model-{k % shards}.bin" if shards > 1 else BIN
+             for k, name in enumerate(tensors | old)}
+    in_shards(tmp_path, tensors | old, where, BIN_INDEX, torch.save)
+    if shards == 1:
+        (tmp_path / BIN_INDEX).unlink()
+    loaded = tensors_of(Decoder.from_pretrained(tmp_path))
+    assert same(loaded, {name: tensor.float() for name, tensor in tensors.items()})
+
+
+def test_a_tied_head_that_is_stored_too(tmp_path):
+    model = tiny_model(tie_word_embeddings=True, vocab_size=3000)
+    model.save_pretrained(tmp_path)
+    half, name = model.model.embed_tokens.weight.detach().half(), "model.embed_tokens.weight"
+    edit_tensors(tmp_path / WEIGHTS, lambda t: t.update(
+        {"lm_head.weight": half.clone(), name: half}))
+    loaded = Decoder.from_pretrained(tmp_path)
+    assert loaded.lm_head is None and torch.equal(loaded.model.embed_tokens.weight, half.float())
+    edit_tensors(tmp_path / WEIGHTS, lambda t: t["lm_head.weight"][2999, 31].add_(1))
+    with pytest.raises(ValueError, match="but their weights differ"):
+        Decoder.from_pretrained(tmp_path)
+
+
+QWEN_WINDOW = dict(sliding_window=64, use_sliding_window=True)
+
+
+def test_windows_that_no_layer_looks_at(tmp_path):
+    tiny_model(model_type="qwen2").save_pretrained(tmp_path)
+    for changes in (dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2),
+                    dict(use_sliding_window=False), dict(sliding_window=2048)):
+        edit_json(tmp_path / "config.json", **{
+            **QWEN_WINDOW, "layer_types": None, "max_window_layers": 0, **changes})
+        Decoder.from_pretrained(tmp_path)
+
+
+MEMORY = """
+import sys, model
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+model.Decoder(model.DecoderConfig(8, 8, 8, 1, 1, 1, 8))        # torch has what it needs from now on
+before = peak()
+decoder = model.Decoder.from_pretrained(sys.argv[1])
+print((peak() - before) / sum(parameter.nbytes for parameter in decoder.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read a process's "
+                    "peak memory from")
+@pytest.mark.parametrize("form", ("safetensors", "bfloat16", "bin", "tied"))
+def test_loading_needs_little_more_than_the_model(tmp_path, form):
+    """30 million parameters, a third of them embeddings; the peak of a fresh process over the
+    model's own size."""
+    tied, half = form == "tied", form == "bfloat16"
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(16000, 512, 1408, 8 if tied else 5, 8, 4, 64,
+                                      tie_word_embeddings=tied))
+    model = model.to_empty(device="cpu").to(torch.bfloat16 if half else torch.float32)
+    for parameter in model.parameters():
+        parameter.data.uniform_(-0.1, 0.1)
+    assert 28e6 < sum(parameter.numel() for parameter in model.parameters()) < 32e6
+    model.save_pretrained(tmp_path)
+    if form == "bin":
+        as_bin(tmp_path)
+    if tied:                                                       # the file stores it all the same
+        edit_tensors(tmp_path / WEIGHTS, lambda t: t.update(
+            {"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    out = subprocess.run([sys.executable, "-c", MEMORY, tmp_path], cwd=HERE, capture_output=True,
+                         text=True, check=True)
+    assert 0.9 < float(out.stdout) < 1.1, out.stdout
+
+
+# What is broken, each damage with the words that must name it
 
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("it ran",)
 
 
+def config(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def config_text(change):
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(change(path.read_text()))
+    return damage
+
+
+def weights(change):
+    return lambda folder: edit_tensors(folder / WEIGHTS, change)
+
+
+def instead(name, content):
+    """Another file, an index or a .bin, in the place of the weights."""
+    def damage(folder):
+        (folder / WEIGHTS).unlink()
+        if isinstance(content, str):
+            (folder / name).write_text(json.dumps({"weight_map": {"a": content}}))
+        else:
+            torch.save(content, folder / name)
+    return damage
+
+
+def truncated(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50])
+
+
 def twice(folder):
     """Two shards, both with the last norm."""
-    tensors = safetensors.torch.load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    safetensors.torch.save_file({"model.norm.weight": tensors["model.norm.weight"]}, folder / "model-2.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps(
-        {"weight_map": {"a": "model-1.safetensors", "model.norm.weight": "model-2.safetensors"}}))
+    norm = {"model.norm.weight": safetensors.torch.load_file(folder / WEIGHTS)["model.norm.weight"]}
+    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
+    safetensors.torch.save_file(norm, folder / "model-2.safetensors")
+    where = {"a": "model-1.safetensors", "model.norm.weight": "model-2.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": where}))
 
 
+def two_heads(folder):
+    weights(lambda t: t["lm_head.weight"].mul_(2))(folder)
+    config(tie_word_embeddings=True)(folder)
+
+
+def sliding_by_default(folder):
+    config(model_type="mistral", sliding_window=None, max_position_embeddings=32768)(folder)
+    leave_out_nulls(folder / "config.json")
+
+
+OLD_CLASS = "modeling_baichuan.BaiChuanForCausalLM"
 BROKEN_MODELS = {
-    "no config": (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor pytorch_model.bin"),
-    "truncated": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-50]),
-                  "model.safetensors: cannot be read"),
-    "broken json": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read as JSON"),
-    "other family": (lambda f: edit_json(f / "config.json", model_type="gpt2"), "model_type 'gpt2'"),
-    "mixture of experts": (lambda f: edit_json(f / "config.json", model_type="mixtral"), "model_type 'mixtral'"),
-    "a list for the family": (lambda f: edit_json(f / "config.json", model_type=["llama"]), "model_type ['llama']"),
-    "no vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=None), "config.json: has no vocab_size"),
-    "no heads": (lambda f: edit_json(f / "config.json", num_attention_heads=0, head_dim=None, num_key_value_heads=None),
-                 "num_attention_heads is 0"),
-    "rope by kind of layer": (lambda f: edit_json(f / "config.json", rope_parameters={"full_attention": LINEAR}), "are not computed here"),
-    "scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling=None, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
-    "old scaled rope": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "dynamic"}), "'dynamic'"),
-    "rope is text": (lambda f: edit_json(f / "config.json", rope_scaling="linear"), "is 'linear', not a JSON object"),
-    "rope without factor": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear"}), "has no factor"),
-    "rope factor is text": (lambda f: edit_json(f / "config.json", rope_scaling={"type": "linear", "factor": "2"}), "factor is '2'"),
-    "rope bands": (lambda f: edit_json(f / "config.json", rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor must"),
-    "both ways": (lambda f: edit_json(f / "config.json", is_causal=False), "is_causal False"),
-    "a number too long": (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("10000.0", "1" + "0" * 400)),
-                          "not a positive number"),
-    "deep config": (lambda f: (f / "config.json").write_text("[" * 100000), "config.json: cannot be read as JSON"),
-    "too large for float32": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update(
-        {"lm_head.weight": t["lm_head.weight"].double() * 1e300})), "lm_head.weight holds values that are not finite"),
-    "too many rows": (lambda f: edit_json(f / "config.json", vocab_size=2**31 - 1), "vocab_size is 2147483647"),
-    "turned baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", rope_theta=500.0, rope_parameters=None),
+    # config.json itself
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "broken json": (config_text(lambda text: "{"), "config.json: cannot be read"),
+    "deep config": (config_text(lambda text: "[" * 100000), "config.json: cannot be read"),
+    "a list": (config_text(lambda text: "[]"), "config.json: cannot be read (it holds a list"),
+    # the family
+    "other family": (config(model_type="gpt2"), "model_type 'gpt2'"),
+    "mixture of experts": (config(model_type="mixtral"), "model_type 'mixtral'"),
+    "a list for the family": (config(model_type=["llama"]), "model_type ['llama']"),
+    "biases": (config(attention_bias=True), "attention_bias True"),
+    "both ways": (config(is_causal=False), "is_causal False"),
+    "half rotated": (config(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+    "quantised by config": (config(quantization_config={"bits": 4}), "quantization_config"),
+    "alibi": (config(model_type="baichuan", max_position_embeddings=None), "nor 13B"),
+    "turned baichuan": (config(model_type="baichuan", rope_theta=500.0, rope_parameters=None),
                         "nor other rotary"),
-    "baichuan's vocabulary": (lambda f: edit_json(f / "config.json", model_type="baichuan", vocab_size=64000), "first generation"),
-    "named baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", architectures=None,
-                                           auto_map={"AutoModel": "modeling_baichuan.BaiChuanForCausalLM"}), "neither the first generation"),
-    "half rotated": (lambda f: edit_json(f / "config.json", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
-    "sliding": (lambda f: edit_json(f / "config.json", model_type="mistral", sliding_window=64), "sliding_window 64"),
-    "sliding by default": (lambda f: (f / "config.json").write_text(json.dumps({
-        **{k: v for k, v in json.loads((f / "config.json").read_text()).items() if k != "sliding_window"},
-        "model_type": "mistral", "max_position_embeddings": 32768})), "sliding_window 4096"),
-    "sliding layers": (lambda f: edit_json(f / "config.json", model_type="qwen3", sliding_window=64, use_sliding_window=True,
-                                           layer_types=["full_attention", "sliding_attention"]), "sliding_window 64"),
-    "sliding qwen": (lambda f: edit_json(f / "config.json", model_type="qwen2", sliding_window=64, use_sliding_window=True,
-                                         max_window_layers=1),
-                     "sliding_window 64"),
-    "no key norm": (lambda f: edit_json(f / "config.json", model_type="qwen3", sliding_window=None),
-                    "tensor model.layers.0.self_attn.k_norm.weight is missing"),
-    "alibi": (lambda f: edit_json(f / "config.json", model_type="baichuan", max_position_embeddings=None), "nor 13B"),
-    "first baichuan": (lambda f: edit_json(f / "config.json", model_type="baichuan", architectures=["BaiChuanForCausalLM"]),
+    "first baichuan": (config(model_type="baichuan", architectures=["BaiChuanForCausalLM"]),
                        "neither the first generation"),
-    "quantised by config": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "quantization_config"),
-    "text for a number": (lambda f: edit_json(f / "config.json", rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
-    "text for a truth": (lambda f: edit_json(f / "config.json", tie_word_embeddings="false"), "neither true nor false"),
-    "not a number": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan"))),
-                     "model.norm.weight holds values that are not finite"),
-    "index out of the folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "../model.safetensors"}}')), "files of this folder"),
-    "index of bins out of the folder": (lambda f: ((f / "model.safetensors").unlink(), (f / "pytorch_model.bin.index.json").write_text(
-        '{"weight_map": {"a": "/tmp/pytorch_model.bin"}}')), "files of this folder"),
-    "a shard is not there": (lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-1.safetensors"}}')), "model-1.safetensors: cannot be read"),
-    "a truncated bin": (lambda f: as_bin(f, lambda content: content[:-50]), "pytorch_model.bin: cannot be read"),
-    "a bin of code": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": Malicious()}, f / "pytorch_model.bin")),
-                      "pytorch_model.bin: cannot be read"),
-    "two heads": (lambda f: (edit_tensors(f / "model.safetensors", lambda t: t["lm_head.weight"].mul_(2)),
-                             edit_json(f / "config.json", tie_word_embeddings=True)), "but their weights differ"),
-    "a tensor twice": (lambda f: twice(f), "tensor model.norm.weight is in another shard too"),
-    "a bin of something": (lambda f: ((f / "model.safetensors").unlink(), torch.save([1], f / "pytorch_model.bin")),
-                           "pytorch_model.bin: cannot be read"),
-    "a sparse bin": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": torch.eye(2).to_sparse()}, f / "pytorch_model.bin")),
-                     "it holds other things than plain tensors"),
-    "a bin of other things": (lambda f: ((f / "model.safetensors").unlink(), torch.save({"a": 1}, f / "pytorch_model.bin")),
-                              "it holds other things than plain tensors"),
-    "biases": (lambda f: edit_json(f / "config.json", attention_bias=True), "attention_bias True"),
-    "no size": (lambda f: edit_json(f / "config.json", hidden_size=None), "hidden_size"),
-    "text for a size": (lambda f: edit_json(f / "config.json", vocab_size="53"), "vocab_size is '53'"),
-    "other size": (lambda f: edit_json(f / "config.json", vocab_size=54), "has shape (53, 32), but config.json says (54, 32)"),
-    "missing": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.pop("model.norm.weight")),
+    "baichuan's vocabulary": (config(model_type="baichuan", vocab_size=64000), "first generation"),
+    "named baichuan": (config(model_type="baichuan", architectures=None,
+                              auto_map={"AutoModel": OLD_CLASS}), "neither the first generation"),
+    # sizes and numbers
+    "no vocabulary": (config(vocab_size=None), "config.json: vocab_size is None"),
+    "no size": (config(hidden_size=None), "config.json: hidden_size is None"),
+    "text for a size": (config(vocab_size="53"), "vocab_size is '53'"),
+    "no heads": (config(num_attention_heads=0, head_dim=None, num_key_value_heads=None),
+                 "num_attention_heads is 0"),
+    "odd heads": (config(head_dim=7), "must be even"),
+    "uneven heads": (config(num_key_value_heads=3), "a multiple of num_key_value_heads"),
+    "too many rows": (config(vocab_size=2**31 - 1), "vocab_size is 2147483647"),
+    "text for a number": (config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
+    "a number too long": (config_text(lambda text: text.replace("10000.0", "1" + "0" * 400)),
+                          "not a positive float"),
+    "text for a truth": (config(tie_word_embeddings="false"), "tie_word_embeddings 'false'"),
+    # rotary positions
+    "rope by kind of layer": (config(rope_parameters={"full_attention": LINEAR}),
+                              "are not computed here"),
+    "scaled rope": (config(rope_scaling=None, rope_parameters={"rope_type": "yarn"}), "'yarn'"),
+    "old scaled rope": (config(rope_scaling={"type": "dynamic"}), "'dynamic'"),
+    "rope is text": (config(rope_scaling="linear"), "rotary positions 'linear'"),
+    "rope without factor": (config(rope_scaling={"type": "linear"}), "factor is None"),
+    "rope factor is text": (config(rope_scaling={"type": "linear", "factor": "2"}),
+                            "factor is '2'"),
+    "rope bands": (config(rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor"),
+    # windows
+    "sliding": (config(model_type="mistral", sliding_window=64), "sliding_window 64"),
+    "sliding by default": (sliding_by_default, "sliding_window 4096"),
+    "sliding layers": (config(model_type="qwen3", **QWEN_WINDOW,
+                              layer_types=["full_attention", "sliding_attention"]),
+                       "sliding_window 64"),
+    "sliding qwen": (config(model_type="qwen2", **QWEN_WINDOW, max_window_layers=1),
+                     "sliding_window 64"),
+    # tensors
+    "missing": (weights(lambda t: t.pop("model.norm.weight")),
                 "tensor model.norm.weight is missing"),
-    "unexpected": (lambda f: edit_tensors(f / "model.safetensors", lambda t: t.update(extra=torch.ones(1))),
-                   "tensor extra is not part"),
-    "quantised": (lambda f: edit_tensors(f / "model.safetensors",
-                                         lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+    "no key norm": (config(model_type="qwen3", sliding_window=None),
+                    "tensor model.layers.0.self_attn.k_norm.weight is missing"),
+    "unexpected": (weights(lambda t: t.update(extra=torch.ones(1))), "tensor extra is not part"),
+    "other size": (config(vocab_size=54), "of shape (53, 32), but config.json says (54, 32)"),
+    "quantised": (weights(lambda t: t.update({"model.norm.weight": torch.ones(32).char()})),
                   "model.norm.weight is torch.int8"),
+    "not a number": (weights(lambda t: t["model.norm.weight"].fill_(float("nan"))),
+                     "model.norm.weight holds values that are not finite"),
+    "too large for float32": (weights(lambda t: t.update(
+        {"lm_head.weight": t["lm_head.weight"].double() * 1e300})),
+        "lm_head.weight holds values that are not finite"),
+    "two heads": (two_heads, "but their weights differ"),
+    "a tensor twice": (twice, "tensor model.norm.weight is in another shard too"),
+    # files
+    "no weights": (lambda f: (f / WEIGHTS).unlink(),
+                   "neither model.safetensors nor pytorch_model.bin"),
+    "truncated": (truncated, "model.safetensors: cannot be read"),
+    "a truncated bin": (lambda f: as_bin(f, lambda content: content[:-50]),
+                        "pytorch_model.bin: cannot be read"),
+    "index out of the folder": (instead(INDEX, "../model.safetensors"), "files of this folder"),
+    "index of bins out of it": (instead(BIN_INDEX, "/tmp/pytorch_model.bin"),
+                                "files of this folder"),
+    "a shard is not there": (instead(INDEX, "model-1.safetensors"),
+                             "model-1.safetensors: cannot be read"),
+    "a bin of code": (instead(BIN, {"a": Malicious()}), "pytorch_model.bin: cannot be read"),
+    "a bin of a list": (instead(BIN, [1]), "cannot be read (it holds a list"),
+    "a bin of numbers": (instead(BIN, {"a": 1}), "it holds other things than plain tensors"),
+    "a sparse bin": (instead(BIN, {"a": torch.eye(2).to_sparse()}),
+                     "it holds other things than plain tensors"),
 }
 
 
@@ -1009,17 +1306,27 @@ def test_broken_models_are_refused(name, tmp_path, monkeypatch):
     damage(tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         Decoder.from_pretrained(tmp_path)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "it ran").exists()
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "it ran").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # data.py
 
 def turn(role, content):
     return {"role": role, "content": content}
 
 
-TALK = [turn("system", "Be kind."), turn("user", "Hi"), turn("assistant", "Hello"), turn("user", "Bye")]
+def talk(*answers):
+    """User and assistant by turns, the last of them the assistant."""
+    roles = ("user", "assistant") * len(answers)
+    return [turn(role, content) for role, content in zip(roles[len(answers) % 2:], answers)]
+
+
+TALK = [turn("system", "Be kind."), turn("user", "Hi"), turn("assistant", "Hello"),
+        turn("user", "Bye")]
+X, Y = turn("assistant", "x"), turn("assistant", "y")
+HH = "\n\nHuman: a\n\nAssistant: b"
 ROWS = [
     ({"prompt": "p ", "chosen": "c", "rejected": "r", "more": 1}, Pair("p ", "c", "r")),
     ({"instruction": "Add.", "input": "1 2", "output": "no", "chosen": "3", "rejected": "4"},
@@ -1028,38 +1335,43 @@ ROWS = [
      Pair("### Instruction:\nSing.\n\n### Response:\n", "la", "no")),
     ({"instruction": "Sing {loudly}.", "chosen": "la", "rejected": "no"},
      Pair("### Instruction:\nSing {loudly}.\n\n### Response:\n", "la", "no")),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
-      "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
-     Pair("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", " yes", " no")),
+    ({"chosen": HH + "\n\nHuman: c\n\nAssistant: yes",
+      "rejected": HH + "\n\nHuman: c\n\nAssistant: no"},
+     Pair(HH + "\n\nHuman: c\n\nAssistant:", " yes", " no")),
     ({"chosen": "\n\nHuman: a\n\nAssistant: yes", "rejected": "\n\nHuman: b\n\nAssistant: no"},
      Pair("", "\n\nHuman: a\n\nAssistant: yes", "\n\nHuman: b\n\nAssistant: no")),
-    ({"prompt": "ignored", "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
-     Pair(TALK, "x", "y")),
-    ({"prompt": TALK, "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
-    ({"prompt": TALK, "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]},
-     Pair(TALK, "x", "y")),
+    ({"prompt": "ignored", "chosen": TALK + [X], "rejected": TALK + [Y]}, Pair(TALK, "x", "y")),
+    ({"prompt": TALK, "chosen": [X], "rejected": [Y]}, Pair(TALK, "x", "y")),
+    ({"prompt": TALK, "chosen": TALK + [X], "rejected": TALK + [Y]}, Pair(TALK, "x", "y")),
     # a prompt as text repeats a turn (UltraFeedback, orpo-dpo-mix), or is the only one
-    ({"prompt": "Hi", "chosen": [turn("user", "Hi"), turn("assistant", "x")], "rejected": [turn("user", "Hi"), turn("assistant", "y")]},
+    ({"prompt": "Hi", "chosen": [turn("user", "Hi"), X], "rejected": [turn("user", "Hi"), Y]},
      Pair([turn("user", "Hi")], "x", "y")),
-    ({"prompt": "Hi", "chosen": [turn("assistant", "x")], "rejected": [turn("assistant", "y")]}, Pair([turn("user", "Hi")], "x", "y")),
-    ({"chosen": TALK + [turn("assistant", "x")], "rejected": TALK[:2] + [turn("assistant", "y")]}, Pair([], "x", "y")),
-    ({"prompt": TALK, "chosen": TALK[:2] + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]}, Pair([], "x", "y")),
+    ({"prompt": "Hi", "chosen": [X], "rejected": [Y]}, Pair([turn("user", "Hi")], "x", "y")),
+    ({"chosen": TALK + [X], "rejected": TALK[:2] + [Y]}, Pair([], "x", "y")),
+    ({"prompt": TALK, "chosen": TALK[:2] + [X], "rejected": TALK + [Y]}, Pair([], "x", "y")),
     # other text without a prompt: the shared beginning, without the space before the next word
-    ({"chosen": "The sky is blue.", "rejected": "The sky is green."}, Pair("The sky is", " blue.", " green.")),
-    ({"chosen": "The sky\nblue.", "rejected": "The sky\nbright."}, Pair("The sky\nb", "lue.", "right.")),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is green."},
+     Pair("The sky is", " blue.", " green.")),
+    ({"chosen": "The sky\nblue.", "rejected": "The sky\nbright."},
+     Pair("The sky\nb", "lue.", "right.")),
     ({"chosen": "One", "rejected": "Two"}, Pair("", "One", "Two")),
     # answers of a dialogue that repeat it; other answers may well begin as the prompt does
-    ({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
-     Pair("\n\nHuman: a\n\nAssistant:", " b", " c")),
-    ({"prompt": "Hello", "chosen": "Hello you", "rejected": "Hello!"}, Pair("Hello", "Hello you", "Hello!")),
-    ({"prompt": [], "chosen": TALK + [turn("assistant", "x")], "rejected": TALK + [turn("assistant", "y")]}, Pair(TALK, "x", "y")),
-    ({"prompt": None, "instruction": None, "chosen": "a b", "rejected": "a c"}, Pair("a", " b", " c")),
-    ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"},
-     Pair("", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no")),
+    ({"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": HH,
+      "rejected": "\n\nHuman: a\n\nAssistant: c"}, Pair("\n\nHuman: a\n\nAssistant:", " b", " c")),
+    ({"prompt": "Hello", "chosen": "Hello you", "rejected": "Hello!"},
+     Pair("Hello", "Hello you", "Hello!")),
+    ({"prompt": [], "chosen": TALK + [X], "rejected": TALK + [Y]}, Pair(TALK, "x", "y")),
+    ({"prompt": None, "instruction": None, "chosen": "a b", "rejected": "a c"},
+     Pair("a", " b", " c")),
+    ({"chosen": HH, "rejected": HH + "\n\nHuman: c\n\nAssistant: no"},
+     Pair("", HH, HH + "\n\nHuman: c\n\nAssistant: no")),
 ]
 
 
 def write_rows(path, rows):
+    """A file of rows, in the format that its name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     if path.suffix == ".parquet":
         pyarrow = pytest.importorskip("pyarrow")
         import pyarrow.parquet
@@ -1067,102 +1379,391 @@ def write_rows(path, rows):
         table = pyarrow.table({name: [row.get(name) for row in rows] for name in columns})
         pyarrow.parquet.write_table(table, path, row_group_size=2)
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
     return path
+
+
+def plain(*names, **more):
+    """Rows with a prompt, from their chosen answers."""
+    return [{"prompt": f"ask {name}", "chosen": name, "rejected": "bad", **more} for name in names]
+
+
+def chosen(pairs):
+    return [pair.chosen for pair in pairs]
 
 
 @pytest.mark.parametrize("suffix", (".json", ".jsonl", ".jsonl.gz"))
 def test_readers(tmp_path, suffix):
     path = tmp_path / ("pairs" + suffix)
     rows = [row for row, _ in ROWS]
-    content = json.dumps(rows) if suffix == ".json" else "\ufeff" + "\r\n".join(json.dumps(r) for r in rows) + "\n\n"
-    path.write_bytes(gzip.compress(content.encode()) if suffix.endswith("gz") else content.encode())
-    assert load_pairs(path) == [pair for _, pair in ROWS]
-    word = "row" if suffix == ".json" else "line"
-    assert [pair.origin for pair in load_pairs(path)] == [f"{path}, {word} {k + 1}" for k in range(len(ROWS))]
+    content = json.dumps(rows) if suffix == ".json" else \
+        "\ufeff" + "\r\n".join(json.dumps(row) for row in rows) + "\n\n"
+    content = content.encode()
+    path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
+    pairs, word = load_pairs(path), "row" if suffix == ".json" else "line"
+    assert pairs == [pair for _, pair in ROWS]
+    assert [pair.origin for pair in pairs] == [f"{path}, {word} {k + 1}" for k in range(len(ROWS))]
+    assert [row for row, _ in data.read_rows(path)] == rows
+
+
+GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}).encode()
+BAD_FILES = {
+    "missing": ("nothing.jsonl", None, "No such file"),
+    "suffix": ("pairs.csv", b"a,b", "unknown kind of data file; the name must end in .json, "),
+    "empty": ("pairs.jsonl", b"", "holds no rows"),
+    "empty list": ("pairs.json", b"[]", "holds no rows"),
+    "no list": ("pairs.json", b'{"chosen": 1}', "must hold a JSON list"),
+    "broken line": ("pairs.jsonl", GOOD + b"\n" + GOOD[:-5] + b"\n", "line 2: broken JSON"),
+    "broken json": ("pairs.json", b"[\n" + GOOD + b",\n" + GOOD.replace(b'"c"', b"c") + b"\n]",
+                    "line 3: broken JSON"),
+    "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}',
+                  "line 3: has no chosen"),
+    "no rejected": ("pairs.json", [{"prompt": "p", "chosen": "r"}], "row 1: has no rejected"),
+    "a question unread": ("pairs.jsonl", {"system": "s", "question": "q", "chosen": "a b",
+                                          "rejected": "a c"},
+                          "line 1: has question, but no prompt"),
+    "a system unread": ("pairs.jsonl", {"system": "s", "prompt": "q", "chosen": "a",
+                                        "rejected": "b"},
+                        "line 1: has a system message of its own"),
+    "a system beside messages": ("pairs.jsonl", {"system": "s", "chosen": TALK[1:] + [X],
+                                                 "rejected": TALK[1:] + [Y]},
+                                 "line 1: has a system"),
+    "no answer after the prompt": (
+        "pairs.jsonl", {"prompt": TALK, "chosen": TALK, "rejected": TALK},
+        "line 1: chosen must end in the assistant's message, after"),
+    "wrong type": ("pairs.jsonl", {"prompt": "p", "chosen": 3, "rejected": "r"},
+                   "line 1: chosen must be text, not a int"),
+    "null": ("pairs.jsonl", {"prompt": "p", "chosen": "c", "rejected": None},
+             "line 1: has no rejected"),
+    "not an object": ("pairs.jsonl", b"[1, 2]", "line 1: must be a JSON object"),
+    "mixed": ("pairs.jsonl", {"chosen": [X], "rejected": "r"}, "line 1: rejected must be a list"),
+    "no role": ("pairs.jsonl", {"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]},
+                "line 1: chosen must be a list of messages, every one with a role"),
+    "user last": ("pairs.jsonl", {"chosen": TALK, "rejected": TALK},
+                  "line 1: chosen must end in the assistant's message"),
+    "latin-1": ("pairs.jsonl", GOOD + b"\n" + GOOD.replace(b'"p"', b'"\xe9"'), "line 2: not UTF-8"),
+    "latin-1 json": ("pairs.json", b"[\n" + GOOD.replace(b'"p"', b'"\xe9"') + b"]",
+                     "line 2: not UTF-8"),
+    "surrogate": ("pairs.jsonl", GOOD.replace(b'"p"', b'"\\ud800"'),
+                  "line 1: prompt holds half a character"),
+    "long number": ("pairs.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}",
+                    "line 1: JSON that cannot be read"),
+    "deep": ("pairs.json", b"[" * 100000, "line 1: "),
+    "not gzip": ("pairs.jsonl.gz", GOOD, "cannot be read"),
+    "cut gzip": ("pairs.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_name_file_and_line(name, tmp_path):
+    file, content, message = BAD_FILES[name]
+    path = tmp_path / file
+    if content is not None:
+        path.write_bytes(content if type(content) is bytes else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_pairs(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    write_rows(tmp_path / "good.jsonl", plain("a"))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_data(tmp_path / "good.jsonl", held_out=path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_split_is_by_prompt_and_complete(tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", [
+        {"prompt": f"p{k % 300}", "chosen": f"c{k}", "rejected": "r"} for k in range(600)])
+    everything, training, test = (load_pairs(path, split) for split in (None, "train", "test"))
+    assert chosen(everything) == [f"c{k}" for k in range(600)]
+    assert sorted(chosen(training + test)) == sorted(chosen(everything))
+    assert not {p.prompt for p in training} & {p.prompt for p in test}
+    # the same prompts in every version of this file
+    places = (19, 28, 37, 46, 60, 102, 115, 133, 151, 173, 177, 186, 191, 195, 204, 213, 244, 253,
+              257)
+    assert {p.prompt for p in test} == {f"p{k}" for k in places}
+    note = f"{path}: one prompt in twenty, by a checksum of its text, is held out"
+    assert load_data(path) == (training, test, note)
+    with pytest.raises(ValueError, match="split must be"):
+        load_pairs(path, "validation")
+
+
+def test_held_out_file(tmp_path):
+    """Its pairs, all of them; and all of a plain file train."""
+    path = write_rows(tmp_path / "pairs.jsonl", plain(*map(str, range(60))))
+    other = write_rows(tmp_path / "other.json.jsonl", plain("7", "7", "8", "new"))
+    training, held_out, note = load_data(path, held_out=other)
+    assert training == load_pairs(path) and held_out == load_pairs(other) and len(held_out) == 4
+    assert note == f"{path} trains, {other} is held out"
+
+
+def test_leave_out(tmp_path):
+    """By source, from both lists, and counted; what cannot be meant is refused."""
+    names = ["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"]
+    rows = [row for name in names for row in plain(name, source=name)]
+    path = write_rows(tmp_path / "mix.jsonl", rows)
+    assert [pair.source for pair in load_pairs(path)] == names
+
+    def left(names, held_out=None):
+        training, test, note = load_data(path, held_out, names)
+        return [pair.source for pair in training + test], note
+    assert left(None)[0] == names
+    kept, note = left("toxic-dpo")
+    assert kept == ["Capybara", "truthy", "prm"] and "left out 2 rows of source toxic-dpo" in note
+    assert left("toxic, prm")[0] == ["Capybara", "truthy"]
+    assert left("toxic", write_rows(tmp_path / "more.jsonl", rows)) == (2 * kept, (
+        f"{path} trains, {tmp_path / 'more.jsonl'} is held out; left out 4 rows of source toxic"))
+    for nothing in ("nobody", "toxic,", "toxic,nobody", "", "e,r,p,o"):
+        with pytest.raises(ValueError, match="rows have a source with"):
+            left(nothing)
+
+
+# Folders, parquet files and hub names, by the datasets library
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The datasets library without the net and with a cache of its own."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    return datasets
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """An empty cache of huggingface_hub, which may not use the net, in an empty folder."""
+    import huggingface_hub.constants
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hub"
 
 
 @pytest.mark.parametrize("kind", (str, list))
-def test_parquet(tmp_path, kind):
+def test_parquet(tmp_path, kind, library):
     """Rows of one kind, as a parquet file has them: columns that a row does not fill are null."""
-    chosen = [(row, pair) for row, pair in ROWS if type(row["chosen"]) is kind and type(row.get("prompt")) is not list]
-    rows = [{"input": None, "source": "x", **row} for row, _ in chosen]
+    some = [(row, pair) for row, pair in ROWS
+            if type(row["chosen"]) is kind and type(row.get("prompt")) is not list]
+    rows = [{"input": None, "source": "x", **row} for row, _ in some]
     path = write_rows(tmp_path / "pairs.parquet", rows)
     pairs = load_pairs(path)
-    assert pairs == [pair for _, pair in chosen] and len(pairs) > 3
+    assert pairs == [pair for _, pair in some] and len(pairs) > 3
     assert pairs[3].origin == f"{path}, row 4" and pairs[3].source == "x"
+    training, held_out, note = load_data(path)
+    assert len(training + held_out) == len(pairs)
+    assert f"{path}: one prompt in twenty, by a checksum of its text, is held out" in note
 
 
 def published(tmp_path, suffix):
-    """Folders in the layout, with the columns and the quirks, of four published datasets; a few rows each."""
-    def talk(k, answer):
-        return [turn("user", f"q{k}"), turn("assistant", "hm"), turn("user", "go on"), turn("assistant", answer)]
-    capybara = [{"source": "Dove", "conversation": [{"input": f"q{k}", "output": "hm"}], "original_response": "a", "generation_prompt":
-                 ["x"], "new_generations": ["y"], "prompt": f"q{k} hm go on", "chosen": talk(k, f"good{k}"), "rejected": talk(k, "bad"),
-                 "rating_chosen": 5, "rating_rejected": 1, "chosen_model": "m", "rejected_model": "n"} for k in range(40)]
-    mix = [{"source": source, "chosen": talk(k, f"good{k}"), "rejected": talk(k, "bad"), "prompt": f"q{k}", "question": f"q{k}"}
-           for k, source in enumerate(["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"])]
-    feedback = [{"prompt": f"q{k}", "prompt_id": "0", "chosen": [turn("user", f"q{k}"), turn("assistant", f"good{k}")],
-                 "rejected": [turn("user", f"q{k}"), turn("assistant", "bad")], "messages": [turn("user", "q")],
+    """Folders in the layout, with the columns and the quirks, of four published datasets; a few
+    rows each."""
+    capybara = [{"source": "Dove", "conversation": [{"input": f"q{k}", "output": "hm"}],
+                 "original_response": "a", "generation_prompt": ["x"], "new_generations": ["y"],
+                 "prompt": f"q{k} hm go on", "chosen": talk(f"q{k}", "hm", "go on", f"good{k}"),
+                 "rejected": talk(f"q{k}", "hm", "go on", "bad"), "rating_chosen": 5,
+                 "rating_rejected": 1, "chosen_model": "m", "rejected_model": "n"}
+                for k in range(40)]
+    mix = [{"source": source, "chosen": talk(f"q{k}", f"good{k}"), "rejected": talk(f"q{k}", "bad"),
+            "prompt": f"q{k}", "question": f"q{k}"}
+           for k, source in enumerate(["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2"])]
+    feedback = [{"prompt": f"q{k}", "prompt_id": "0", "chosen": talk(f"q{k}", f"good{k}"),
+                 "rejected": talk(f"q{k}", "bad"), "messages": talk(f"q{k}", f"good{k}"),
                  "score_chosen": 8.0, "score_rejected": 5.0} for k in range(4)]
-    hh = [{"chosen": f"\n\nHuman: q{k}\n\nAssistant: good{k}", "rejected": f"\n\nHuman: q{k}\n\nAssistant: bad"} for k in range(4)]
-    files = {"capybara": {f"data/train-00000-of-00001{suffix}": capybara},
-             "mix": {f"data/train-00000-of-00002-0a1b{suffix}": mix[:3], f"data/train-00001-of-00002-0a1b{suffix}": mix[3:]},
-             "feedback": {f"data/{split}-00000-of-00001{suffix}": feedback[:2] if "train" in split else feedback[2:]
-                          for split in ("train_gen", "train_prefs", "train_sft", "test_gen", "test_prefs", "test_sft")},
-             "hh": {"harmless-base/train.jsonl": hh[:2], "harmless-base/test.jsonl": hh[2:3], "helpful-base/test.jsonl": hh[3:],
-                    "red-team-attempts/red_team_attempts.jsonl": [{"transcript": "no pair"}]}}
+    hh = [{"chosen": f"\n\nHuman: q{k}\n\nAssistant: good{k}",
+           "rejected": f"\n\nHuman: q{k}\n\nAssistant: bad"} for k in range(5)]
+    splits = ("train_gen", "train_prefs", "train_sft", "test_gen", "test_prefs", "test_sft")
+    files = {
+        "capybara": {f"data/train-00000-of-00001{suffix}": capybara},
+        "mix": {f"data/train-00000-of-00002-0a1b{suffix}": mix[:3],
+                f"data/train-00001-of-00002-0a1b{suffix}": mix[3:]},
+        "feedback": {f"data/{split}-00000-of-00001{suffix}":
+                     feedback[:2] if "train" in split else feedback[2:] for split in splits},
+        "hh": {"harmless-base/train.jsonl.gz": hh[:2], "harmless-base/test.jsonl.gz": hh[2:3],
+               "helpful-base/train.jsonl.gz": hh[3:4], "helpful-base/test.jsonl.gz": hh[4:],
+               "red-team-attempts/red_team_attempts.jsonl.gz": [{"transcript": "no pair"}]}}
     for name, contents in files.items():
         for file, rows in contents.items():
-            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             write_rows(tmp_path / name / file, rows)
         (tmp_path / name / "README.md").write_text("a card")
 
 
 @pytest.mark.parametrize("suffix", (".jsonl", ".parquet"))
-def test_datasets_as_they_are_published(tmp_path, suffix):
+def test_datasets_as_they_are_published(tmp_path, suffix, library):
     published(tmp_path, suffix)
-    pairs, note = data.load_data(tmp_path / "capybara")
-    assert len(pairs) == 40 and "no" not in [pair.chosen for pair in pairs] and {pair.rejected for pair in pairs} == {"bad"}
-    assert pairs[7] == Pair([turn("user", "q7"), turn("assistant", "hm"), turn("user", "go on")], "good7", "bad")
-    assert 0 < sum(pair.held_out for pair in pairs) < 8 and "1 train and 0 test files: one prompt in twenty" in note
-    assert "columns not read: chosen_model, conversation, generation_prompt" in note
+    training, held_out, note = load_data(tmp_path / "capybara")
+    pairs = load_pairs(tmp_path / "capybara")
+    assert chosen(pairs) == [f"good{k}" for k in range(40)]
+    assert pairs[7] == Pair(talk("q7", "hm", "go on", "")[:3], "good7", "bad")
+    assert pairs[7].origin == f"{tmp_path / 'capybara'}, split train, row 8"
+    assert len(training) + len(held_out) == 40 and 0 < len(held_out) < 8
+    assert all(map(data.is_held_out, held_out)) and not any(map(data.is_held_out, training))
+    assert note.startswith(f"{tmp_path / 'capybara'}, split train: one prompt in twenty")
 
-    everything, _ = data.load_data(tmp_path / "mix")
-    kept, note = data.load_data(tmp_path / "mix", "toxic-dpo")
-    assert [pair.source for pair in everything] == ["Capybara", "toxic-dpo-v0.2", "truthy", "toxic-dpo-v0.2", "prm"]
-    assert [pair.source for pair in kept] == ["Capybara", "truthy", "prm"] and "left out 2 rows of source toxic-dpo" in note
-    assert [pair.source for pair in data.load_data(tmp_path / "mix", "toxic, prm")[0]] == ["Capybara", "truthy"]
-    for nothing in ("nobody", "toxic,", "toxic,nobody", "", "e,r,p,o"):
-        with pytest.raises(ValueError, match="rows have a source with"):
-            data.load_data(tmp_path / "mix", nothing)
+    kept = [pair for pairs in load_data(tmp_path / "mix", leave_out="toxic")[:2] for pair in pairs]
+    assert sorted(pair.source for pair in kept) == ["Capybara", "truthy"]
 
-    pairs, note = data.load_data(tmp_path / "feedback")
-    assert [(pair.chosen, pair.held_out) for pair in pairs] == [("good0", False), ("good1", False), ("good2", True), ("good3", True)]
-    assert pairs[0].prompt == [turn("user", "q0")] and "1 train and 1 test files" in note and "train_sft" in note and "test_gen" in note
+    training, held_out, note = load_data(tmp_path / "feedback")
+    assert (chosen(training), chosen(held_out)) == (["good0", "good1"], ["good2", "good3"])
+    assert training[0].prompt == [turn("user", "q0")]
+    assert held_out[1].origin == f"{tmp_path / 'feedback'}, split test_prefs, row 2"
+    assert "split train_prefs trains" in note and "split test_prefs is held out" in note
+    assert "splits not read: test_gen, test_sft, train_gen, train_sft" in note
 
-    (tmp_path / f"mix/data/train-00001-of-00002-0a1b{suffix}").unlink()                # a download that was not finished
-    with pytest.raises(ValueError, match="has 1 of the 2 files"):
-        load_pairs(tmp_path / "mix")
-
-    assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "train")] == [" good0", " good1"]
-    assert [pair.chosen for pair in load_pairs(tmp_path / "hh", "test")] == [" good2", " good3"]
-    assert len(load_pairs(tmp_path / "hh")) == 4 and "not read: red-team-attempts" in data.load_data(tmp_path / "hh")[1]
-    assert len(load_pairs(tmp_path / "hh/harmless-base/train.jsonl")) == 2
-    assert load_pairs(tmp_path / "hh/helpful-base")[0].chosen == " good3"            # no training files: all are read
-    shutil.copytree(tmp_path / "hh/harmless-base", tmp_path / "hh/train/test")         # the innermost name counts
-    (tmp_path / "hh/train/train-and-test.jsonl").write_text(json.dumps({"chosen": "a b", "rejected": "a c"}))
-    assert len(load_pairs(tmp_path / "hh", "train")) == 5 and len(load_pairs(tmp_path / "hh", "test")) == 3
+    hh = tmp_path / "hh"                                           # red-team-attempts is not read
+    assert chosen(load_pairs(hh, "train")) == [" good0", " good1", " good3"]
+    assert chosen(load_pairs(hh, "test")) == [" good2", " good4"] and len(load_pairs(hh)) == 5
+    assert chosen(load_pairs(hh / "helpful-base", "train")) == [" good3"]
+    assert chosen(load_pairs(hh / "harmless-base/train.jsonl.gz")) == [" good0", " good1"]
+    with pytest.raises(ValueError, match="red-team-attempts, split train, row 1: has no chosen"):
+        load_pairs(hh / "red-team-attempts")
 
 
-def test_folders_without_data_and_hidden_files(tmp_path):
-    (tmp_path / ".cache").mkdir()
-    (tmp_path / ".cache/train.json").write_text("[]")
-    with pytest.raises(ValueError, match="holds no data file"):
-        load_pairs(tmp_path)
-    write_rows(tmp_path / "mine.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    assert load_pairs(tmp_path) == [Pair("p", "a", "b")]
+SPLITS = {                                                         # files, train, held out, unread
+    "both": (["train", "test"], ["train"], ["test"], []),
+    "no test": (["train", "validation"], ["train"], None, ["validation"]),
+    "no training": (["test", "validation"], ["validation", "test"], None, []),
+    "preferences alone": (["train_prefs", "train_sft", "test_sft"], ["train_prefs"], None,
+                          ["train_sft", "test_sft"]),
+    "preferences first": (["train", "test", "train_prefs", "test_prefs"], ["train_prefs"],
+                          ["test_prefs"], ["train", "test"])}
 
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_which_splits_train(name, tmp_path, library):
+    files, training, test, unread = SPLITS[name]
+    for file in files:
+        write_rows(tmp_path / f"set/data/{file}-00000-of-00001.jsonl", plain(f"{file}!"))
+    pairs, held_out, note = load_data(tmp_path / "set")
+    if test is None:
+        assert sorted(chosen(pairs + held_out)) == sorted(f"{split}!" for split in training)
+        assert f"{' and '.join(training)}: one prompt in twenty" in note
+    else:
+        assert chosen(pairs) == [f"{split}!" for split in training]
+        assert chosen(held_out) == [f"{split}!" for split in test]
+    assert set(re.findall(r"\w+", note.partition("not read:")[2])) == set(unread)
+    assert len(load_pairs(tmp_path / "set")) == len(training) + len(test or [])
+
+
+def test_held_out_beside_splits(tmp_path, library):
+    """The training split trains; of what is held out, the test split, or else everything."""
+    for file in ("train", "test"):
+        write_rows(tmp_path / f"set/{file}.jsonl", plain(file))
+        write_rows(tmp_path / f"other/{file}.jsonl", plain(f"other {file}"))
+    path = write_rows(tmp_path / "pairs.jsonl", plain("test", "train"))
+    parquet = write_rows(tmp_path / "pairs.parquet", plain("a", "b"))
+
+    def loaded(source, held_out):
+        training, test, note = load_data(tmp_path / source, tmp_path / held_out)
+        return chosen(training), chosen(test), note.replace(f"{tmp_path}/", "")
+    assert loaded("set", "pairs.jsonl") == (["train"], ["test", "train"], (
+        "set, split train trains, pairs.jsonl is held out; splits not read: test"))
+    assert loaded("pairs.jsonl", "other") == (["test", "train"], ["other test"], (
+        "pairs.jsonl trains, other, split test is held out"))
+    assert loaded("set", "set")[:2] == (["train"], ["test"])
+    assert loaded(parquet, path)[:2] == (["a", "b"], ["test", "train"])
+    assert loaded(path, parquet)[:2] == (["test", "train"], ["a", "b"])
+
+
+def test_folders_without_data_and_hidden_files(tmp_path, library):
+    write_rows(tmp_path / "set/.cache/train.jsonl", [])
+    with pytest.raises(ValueError, match=r"cannot be read by datasets \(.*any data files"):
+        load_pairs(tmp_path / "set")
+    write_rows(tmp_path / "set/mine.jsonl", plain("a"))
+    assert load_pairs(tmp_path / "set") == [Pair("ask a", "a", "bad")]
+
+
+CARD = b"---\nconfigs:\n- config_name: a\n  data_files: x.jsonl\n- config_name: b\n" \
+       b"  data_files: x.jsonl\n---\n"
+BAD_SETS = {                                                       # files, what is said
+    "not parquet": ({"x.parquet": b"PAR1 or so"}, "cannot be read by datasets"),
+    "a column that is missing": ({"x.parquet": [{"chosen": "a", "prompt": "p"}]},
+                                 "row 1: has no rejected"),
+    "other columns": ({"x.jsonl": plain("a"), "y.jsonl": plain("a", more=1)}, "names don't match"),
+    "broken": ({"x.jsonl": b'{"chosen": "a", "rej\n{"'}, "cannot be read by datasets"),
+    "empty": ({"train.jsonl": plain("a"), "test.jsonl": b""}, "cannot be read by datasets"),
+    "configurations": ({"README.md": CARD, "x.jsonl": plain("a")}, "Config name is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_what_datasets_cannot_read_is_one_sentence(name, tmp_path, library, monkeypatch):
+    files, message = BAD_SETS[name]
+    logger, logged = logging.getLogger("datasets"), []
+    listener = logging.Handler()
+    monkeypatch.setattr(listener, "emit", logged.append)
+    monkeypatch.setattr(logger, "handlers", [listener])
+    logger.setLevel(logging.WARNING)
+    for file, content in files.items():
+        if type(content) is bytes:
+            (tmp_path / "set").mkdir(exist_ok=True)
+            (tmp_path / "set" / file).write_bytes(content)
+        else:
+            write_rows(tmp_path / "set" / file, content)
+    for path in [tmp_path / "set"] + list(tmp_path.glob("set/*.parquet")):
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
+            load_pairs(path)
+        assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert not logged                                              # nothing is said beside it
+
+
+def test_rows_that_cannot_be_had_in_python(tmp_path, library):
+    """Here an image that is none, which only a look at the row shows."""
+    pytest.importorskip("PIL")
+    features = library.Features({name: library.Value("string") for name in ("chosen", "rejected")} |
+                                {"image": library.Image()})
+    rows = {"chosen": ["a b", "a b"], "rejected": ["a c", "a c"],
+            "image": [None, {"bytes": b"none", "path": None}]}
+    library.Dataset.from_dict(rows, features).to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet: cannot be read after row 1 "):
+        load_pairs(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("name", ("folder", "pairs.parquet", "some/pairs"))
+def test_without_the_library(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    write_rows(tmp_path / "folder/pairs.jsonl", plain("a"))
+    (tmp_path / "pairs.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"^{name}: .*; pip install datasets$"):
+        load_pairs(name)
+    with pytest.raises(ValueError, match=f"^{name}: .*; pip install datasets$"):
+        load_data("folder/pairs.jsonl", held_out=name)
+    assert load_pairs("folder/pairs.jsonl") == [Pair("ask a", "a", "bad")]
+
+
+def test_dataset_by_its_hub_name(tmp_path, library, offline):
+    """Out of the library's cache, as it is after one use with the net; a path here goes first."""
+    for split in ("train", "test"):
+        write_rows(tmp_path / f"here/pairs/{split}.jsonl", plain(f"{split}ed"))
+    library.load_dataset(str(tmp_path / "here/pairs"))
+    (tmp_path / "cache/pairs").rename(tmp_path / "cache/some___pairs")
+    training, held_out, note = load_data("some/pairs")
+    assert (chosen(training), chosen(held_out)) == (["trained"], ["tested"])
+    assert note == "some/pairs, split train trains, some/pairs, split test is held out"
+    assert training[0].origin == "some/pairs, split train, row 1"
+    for name in ("no/pairs", "nothing", "no.parquet", "/no/folder", "no/folder/here"):
+        with pytest.raises(ValueError, match=f"^{name}: neither a path here nor a dataset to be "
+                           r"had from the Hugging Face hub or its cache \(.+\)$"):
+            load_pairs(name)
+    write_rows(tmp_path / "some/pairs/train.jsonl", plain("mine"))
+    assert chosen(load_pairs("some/pairs")) == ["mine"]
+
+
+@pytest.mark.parametrize("error,message", (
+    (ValueError("Config name is missing.\nTake a or b."),
+     "cannot be read by datasets (Config name is missing. Take a or b.); the rows you mean in one"),
+    (ConnectionError("no net"), "neither a path here nor a dataset to be had from the Hugging Face "
+                                "hub or its cache (no net)"),
+    (KeyError(), "cannot be read by datasets (KeyError)")))
+def test_errors_of_a_hub_dataset(error, message, library, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def load_dataset(name):
+        raise error from RuntimeError("its cause") if isinstance(error, OSError) else None
+    monkeypatch.setattr(library, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=re.escape(f"some/pairs: {message}")):
+        load_pairs("some/pairs")
+
+
+# Models by name
 
 def hub_cache(folder, kind, name, content):
     """What huggingface_hub keeps of a repository: blobs, and a snapshot of links to them."""
@@ -1177,134 +1778,77 @@ def hub_cache(folder, kind, name, content):
         link.symlink_to(os.path.relpath(repository / f"blobs/{number}", link.parent))
 
 
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    import huggingface_hub.constants
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "hub"
+def test_model_by_its_hub_name(offline, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text(name)
+    hub_cache(offline, "model", "some/model", {name: tmp_path / name
+                                               for name in ("config.json", "model.safetensors")})
+    folder = data.find_source("some/model")
+    assert folder.is_relative_to(offline) and (folder / "config.json").read_text() == "config.json"
+    with pytest.raises(ValueError, match="^no/model: neither a path here nor a model to be had "
+                       r"from the Hugging Face hub or its cache \(.+\)$"):
+        data.find_source("no/model")
+    (tmp_path / "some/model").mkdir(parents=True)
+    assert data.find_source("some/model") == Path("some/model")
 
 
-def test_hub_names(offline, tmp_path, capsys):
-    """A model and a dataset out of the hub's cache, all the way to a finished run and its examination."""
-    published(tmp_path, ".jsonl")
-    model_folder(tmp_path / "model")
-    hub_cache(offline, "dataset", "some/pairs", {"test-00000-of-00001.jsonl": tmp_path / "hh/harmless-base/train.jsonl",
-                                                 "data/train-00000-of-00001.jsonl": tmp_path / "hh/harmless-base/train.jsonl"})
-    hub_cache(offline, "model", "some/model", {path.name: path for path in (tmp_path / "model").iterdir()})
-    train.main(["--model", "some/model", "--data", "some/pairs", "--n-iter", "1", "--n-mu", "1", "--n-nu", "1", "--out", "run"])
-    assert (tmp_path / "run/protagonist/model.safetensors").exists() and "1 train and 1 test files" in capsys.readouterr().out
-    examination.main(["run", "--json"])
-    assert json.loads(capsys.readouterr().out)["runs"][0]["accuracy"] is not None
-    for arguments in (["--model", "no/model", "--data", "some/pairs"], ["--model", "some/model", "--data", "no/pairs"]):
-        message = refused(train.main, [*arguments, "--out", "other"], capsys)
-        assert "neither a path here nor a" in message and (arguments[1] in message or arguments[3] in message)
-    assert not (tmp_path / "other").exists()
-    shutil.rmtree(offline)
-    assert "--sft" in refused(examination.main, ["run"], capsys)
+@pytest.mark.parametrize("name", ("a/b/c", "../a", "/a", "a b", "./a", "a/../b"))
+def test_what_can_be_no_hub_name_is_a_path(name, offline):
+    assert data.find_source(name) == Path(name)
 
 
-@pytest.mark.parametrize("weights", (["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"],
-                                     ["model-1-of-2.safetensors", "model.safetensors.index.json"],
-                                     ["pytorch_model.bin", "optimizer.bin"], ["pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json"]))
+@pytest.mark.parametrize("weights", (
+    ["model.safetensors", "consolidated.safetensors", "pytorch_model.bin"],
+    ["model-1-of-2.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model.bin", "optimizer.bin"],
+    ["pytorch_model-1-of-2.bin", "pytorch_model.bin.index.json"]))
 def test_what_is_downloaded_of_a_model(weights, tmp_path, monkeypatch):
     """What is read, and no weights twice, by huggingface_hub's own reading of the patterns."""
     import huggingface_hub
-    read = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt", "modeling_x.py"]
-    repository, got = read + weights + ["README.md", "onnx/config.json", "original/consolidated.00.pth", "model.gguf"], set()
+    read = ["config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "merges.txt",
+            "modeling_x.py"]
+    unread = ["README.md", "onnx/config.json", "original/consolidated.00.pth", "model.gguf"]
+    got = set()
 
-    def snapshot_download(name, repo_type, allow_patterns, ignore_patterns):
-        assert (name, repo_type) == ("some/model", "model")
-        for file in huggingface_hub.utils.filter_repo_objects(repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        assert name == "some/model"
+        for file in huggingface_hub.utils.filter_repo_objects(
+                read + weights + unread, allow_patterns=allow_patterns,
+                ignore_patterns=ignore_patterns):
             got.add(file)
             (tmp_path / file).touch()
         return str(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert data.find_source("some/model", "model") == tmp_path
-    unread = {"consolidated.safetensors", "optimizer.bin"} | ({"pytorch_model.bin"} if weights[0] == "model.safetensors" else set())
+    assert data.find_source("some/model") == tmp_path
+    unread = {"consolidated.safetensors", "optimizer.bin"}
+    unread |= {"pytorch_model.bin"} if weights[0] == "model.safetensors" else set()
     assert got == set(read + weights) - unread
 
 
-@pytest.mark.parametrize("name", ("a/b/c", "../a", "/a", "a b", "a/b.jsonl", "a.parquet", "./a", "a/../b"))
-def test_what_can_be_no_hub_name_is_a_path(name, offline):
-    assert data.find_source(name, "dataset") == Path(name)
-
-
-def test_split_is_by_prompt_and_complete(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{k % 300}", "chosen": f"c{k}", "rejected": "r"}) + "\n"
-                            for k in range(600)))
-    everything, training, test = (load_pairs(path, split) for split in (None, "train", "test"))
-    assert sorted(p.chosen for p in training + test) == sorted(p.chosen for p in everything)
-    assert not {p.prompt for p in training} & {p.prompt for p in test}
-    assert 0.02 < len(test) / 600 < 0.1
-
-
-GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}).encode()
-BAD_FILES = {
-    "missing": ("nothing.jsonl", None, "No such file"),
-    "suffix": ("pairs.csv", b"a,b", "unknown kind of data file"),
-    "empty": ("pairs.jsonl", b"", "holds no rows"),
-    "empty list": ("pairs.json", b"[]", "holds no rows"),
-    "no list": ("pairs.json", b'{"chosen": 1}', "must hold a JSON list"),
-    "broken line": ("pairs.jsonl", GOOD + b"\n" + GOOD[:-5] + b"\n", "line 2: broken JSON"),
-    "broken json": ("pairs.json", b"[\n" + GOOD + b",\n" + GOOD.replace(b'"c"', b"c") + b"\n]", "line 3: broken JSON"),
-    "no chosen": ("pairs.jsonl", GOOD + b'\n\n{"prompt": "p", "rejected": "r"}', "line 3: has no chosen"),
-    "no rejected": ("pairs.json", b'[{"prompt": "p", "chosen": "r"}]', "row 1: has no rejected"),
-    "a question unread": ("pairs.jsonl", b'{"system": "s", "question": "q", "chosen": "a b", "rejected": "a c"}',
-                          "line 1: has question, but no prompt"),
-    "a system beside messages": ("pairs.jsonl", json.dumps({"system": "s", "chosen": TALK[1:] + [turn("assistant", "a")],
-                                                            "rejected": TALK[1:] + [turn("assistant", "b")]}).encode(), "line 1: has a system"),
-    "no answer after the prompt": ("pairs.jsonl", json.dumps({"prompt": TALK, "chosen": TALK, "rejected": TALK}).encode(),
-                                   "line 1: chosen is the prompt once more"),
-    "a system unread": ("pairs.jsonl", b'{"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}', "line 1: has a system message of its own"),
-    "not parquet": ("pairs.parquet", b"PAR1 or so", "cannot be read as parquet"),
-    "a column that is missing": ("pairs.parquet", "no rejected", "row 1: has no rejected"),
-    "wrong type": ("pairs.jsonl", b'{"prompt": "p", "chosen": 3, "rejected": "r"}', "line 1: chosen must be text, not a int"),
-    "null": ("pairs.jsonl", b'{"prompt": "p", "chosen": "c", "rejected": null}', "line 1: rejected must be text"),
-    "not an object": ("pairs.jsonl", b"[1, 2]", "line 1: must be a JSON object"),
-    "mixed": ("pairs.jsonl", b'{"chosen": [{"role": "assistant", "content": "a"}], "rejected": "r"}', "line 1: rejected must be a list"),
-    "no role": ("pairs.jsonl", b'{"chosen": [{"content": "a"}], "rejected": [{"content": "b"}]}', "line 1: every message"),
-    "user last": ("pairs.jsonl", json.dumps({"chosen": TALK, "rejected": TALK}).encode(), "line 1: the last message of chosen"),
-    "latin-1": ("pairs.jsonl", GOOD + b"\n" + GOOD.replace(b'"p"', b'"\xe9"'), "line 2: not UTF-8"),
-    "latin-1 json": ("pairs.json", b"[\n" + GOOD.replace(b'"p"', b'"\xe9"') + b"]", "line 2: not UTF-8"),
-    "surrogate": ("pairs.jsonl", GOOD.replace(b'"p"', b'"\\ud800"'), "line 1: prompt holds half a character"),
-    "not gzip": ("pairs.jsonl.gz", GOOD, "cannot be read"),
-    "long number": ("pairs.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}", "line 1: JSON that cannot be read"),
-    "deep": ("pairs.json", b"[" * 100000, "line 1: "),
-    "cut gzip": ("pairs.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "cannot be read"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_name_file_and_line(name, tmp_path):
-    file, content, message = BAD_FILES[name]
-    if file.endswith(".parquet"):
-        pytest.importorskip("pyarrow")
-    if content == "no rejected":
-        write_rows(tmp_path / file, [{"chosen": "a", "prompt": "p"}])
-    elif content is not None:
-        (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
-        load_pairs(tmp_path / file)
-    assert str(error.value).startswith(str(tmp_path / file)) and "\n" not in str(error.value)
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    (tmp_path / "pairs.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="pairs.parquet: reading parquet needs pyarrow; pip install pyarrow"):
-        load_pairs(tmp_path / "pairs.parquet")
+def test_the_file_alone_works(tmp_path):
+    """Copied into an empty folder, without any of its optional libraries."""
+    shutil.copy(HERE / "data.py", tmp_path)
+    write_rows(tmp_path / "pairs.jsonl", plain("Use a screwdriver.", "Work slowly."))
+    code = """
+        import sys
+        sys.modules |= dict.fromkeys(("datasets", "pyarrow", "huggingface_hub", "transformers"))
+        from data import *
+        rows, kept, _ = encode_pairs(load_pairs("pairs.jsonl"), SafeWorld.tokenizer(), 64)
+        (places, batch), = micro_batches(next(batches(rows, 2, seed=0)), None)
+        assert len(kept) == len(batch) == len(places) == 2
+        """
+    subprocess.run([sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))],
+                   cwd=tmp_path, check=True)
 
 
 # Tokens
 
 def word_tokenizer(post=None, config=None, **more):
-    """Words and single spaces are tokens; "ab" is one token, so that "a" + "b" merges across the seam."""
-    words = ["<s>", "</s>", "<unk>", "a", "b", "ab", "c", "d", " ", "x", "y", "\n", "<|im_start|>", "<|im_end|>", "user",
-             "assistant"]
+    """Words and single spaces are tokens; "ab" is one token, so that "a" + "b" merges across the
+    seam."""
+    words = ["<s>", "</s>", "<unk>", "a", "b", "ab", "c", "d", " ", "x", "y", "\n", "<|im_start|>",
+             "<|im_end|>", "user", "assistant"]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(
         vocab={w: i for i, w in enumerate(words)}, merges=[("a", "b")], unk_token="<unk>"))
     backend.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant"])
@@ -1314,21 +1858,40 @@ def word_tokenizer(post=None, config=None, **more):
     for change, arguments in more.items():
         getattr(backend, change)(**arguments)
     config = {"bos_token": "<s>", "eos_token": "</s>", **(config or {})}
-    return Tokenizer({"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()})
+    return Tokenizer({"tokenizer.json": backend.to_str().encode(),
+                      "tokenizer_config.json": json.dumps(config).encode()})
 
 
-@pytest.mark.parametrize("post,bos", [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]), ("$A </s>", [])])
+@pytest.mark.parametrize("post,bos", [(None, []), ("<s> $A", [0]), ("<s> $A </s>", [0]),
+                                      ("$A </s>", [])])
 def test_answers_end_in_one_eos_and_bos_comes_once(post, bos):
     tokenizer = word_tokenizer(post)
     assert tokenizer.encode_pair(Pair("c ", "d", "a d")) == (bos + [6, 8], [7, 1], [3, 8, 7, 1])
     assert tokenizer.encode_prompt("c ") == bos + [6, 8]
     # the data write EOS out: still one
-    assert tokenizer.encode_pair(Pair("c ", "d</s>\n", "a</s></s>")) == (bos + [6, 8], [7, 1], [3, 1])
+    pair = Pair("c ", "d</s>\n", "a</s></s>")
+    assert tokenizer.encode_pair(pair) == (bos + [6, 8], [7, 1], [3, 1])
     # a token that straddles the seam belongs to the answers
     assert tokenizer.encode_pair(Pair("ca", "b", "d")) == (bos + [6], [5, 1], [3, 7, 1])
     assert tokenizer.encode_pair(Pair("ca", "bd", "bx")) == (bos + [6], [5, 7, 1], [5, 9, 1])
+    # whichever answer's it is
+    assert tokenizer.encode_pair(Pair("ca", "d", "b")) == (bos + [6], [3, 7, 1], [5, 1])
     # a prompt that ends in EOS keeps it
     assert tokenizer.encode_pair(Pair("c</s>", "d", "x")) == (bos + [6, 1], [7, 1], [9, 1])
+
+
+@pytest.mark.parametrize("answers", (("d", "x"), ("b", "x"), ("x", "b"), ("b", "bx")))
+@pytest.mark.parametrize("prompt", ("ca", "a", "cab", "<|im_start|>a"))
+def test_prompt_and_answer_are_the_whole_text(prompt, answers):
+    """The seam is found from both answers: no token of either, merged with the prompt or not, may
+    count as the prompt's unless it is so in prompt, prompt + chosen and prompt + rejected alike."""
+    tokenizer = word_tokenizer("<s> $A")
+    shared, *ends = tokenizer.encode_pair(Pair(prompt, *answers))
+    wholes = [tokenizer.encode(prompt)] + [tokenizer.encode(prompt + answer) for answer in answers]
+    assert [shared + end for end in ends] == [whole + [1] for whole in wholes[1:]]
+    assert all(whole[:len(shared)] == shared for whole in wholes)
+    longer = {tuple(whole[:len(shared) + 1]) for whole in wholes}
+    assert len(longer) > 1 or shared == wholes[0]                  # it could not be longer
 
 
 def test_bos_that_only_the_config_asks_for():
@@ -1338,7 +1901,8 @@ def test_bos_that_only_the_config_asks_for():
 
 
 def test_limits_stored_in_the_tokenizer_do_not_act():
-    tokenizer = word_tokenizer("<s> $A", enable_truncation=dict(max_length=3), enable_padding=dict(length=9))
+    tokenizer = word_tokenizer("<s> $A", enable_truncation=dict(max_length=3),
+                               enable_padding=dict(length=9))
     assert tokenizer.encode("cdcdcd") == [0, 6, 7, 6, 7, 6, 7]
 
 
@@ -1348,16 +1912,23 @@ def test_special_tokens_of_the_model():
     assert (several.eos_id, several.eos_ids) == (1, (1, 13))
     bare = {"tokenizer.json": files["tokenizer.json"]}
     assert Tokenizer(bare, model_eos=13).eos_ids == (13,)
-    assert Tokenizer({**bare, "special_tokens_map.json": b'{"eos_token": {"content": "<|im_end|>"}}'}).eos_ids == (13,)
-    bos_by_itself = Tokenizer({"tokenizer.json": word_tokenizer("<s> $A </s>").files["tokenizer.json"]}, model_eos=1)
+    special = {"special_tokens_map.json": b'{"eos_token": {"content": "<|im_end|>"}}'}
+    assert Tokenizer({**bare, **special}).eos_ids == (13,)
+    by_itself = word_tokenizer("<s> $A </s>").files["tokenizer.json"]
+    bos_by_itself = Tokenizer({"tokenizer.json": by_itself}, model_eos=1)
     assert bos_by_itself.bos_id == 0 and bos_by_itself.encode("c") == [0, 6]
-    for files, words in ((bare, "eos"), ({**bare, "tokenizer_config.json": b'{"eos_token": "<nope>"}'}, "<nope>"),
-                         ({**bare, "generation_config.json": b'{"eos_token_id": "2"}'}, "whole number"),
-                         ({**bare, "generation_config.json": b"[]"}, "generation_config.json"),
-                         ({**bare, "generation_config.json": b'{"eos_token_id": [1, 99]}'}, "eos_token_id is 99, but"),
-                         ({"tokenizer.json": b"{}"}, "tokenizer.json")):
+    generation = "generation_config.json"
+    for more, words in (({}, "eos"),
+                        ({"tokenizer_config.json": b'{"eos_token": "<nope>"}'}, "<nope>"),
+                        ({"tokenizer_config.json": b'{"eos_token": 1}'}, "the special token 1"),
+                        ({generation: b'{"eos_token_id": "2"}'}, "whole number"),
+                        ({generation: b"[]"}, generation),
+                        ({generation: b'{"eos_token_id": [1, 99]}'}, r"several, not \[1, 99\]"),
+                        ({"chat_template.jinja": b"\xff", generation: b'{"eos_token_id": 1}'},
+                         "chat_template.jinja, line 1: not UTF-8"),
+                        ({"tokenizer.json": b"{}"}, "tokenizer.json")):
         with pytest.raises(ValueError, match=words):
-            Tokenizer(files)
+            Tokenizer({**bare, **more})
 
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -1366,170 +1937,131 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
 
 def test_chat_template():
     tokenizer = word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": CHATML})
-    prompt, chosen, rejected = tokenizer.encode_pair(Pair([turn("user", "c")], "d", "xy"))
-    assert prompt == [12, 14, 11, 6, 13, 11, 12, 15, 11]           # up to the generation prompt, and no second BOS
-    assert chosen == [7, 13] and rejected == [9, 10, 13]           # without the newline after <|im_end|>
-    assert prompt == tokenizer.encode_prompt([turn("user", "c")])
-    assert word_tokenizer(None, {"chat_template": CHATML}).encode_pair(Pair([turn("user", "c")], "d", "x"))[1] == \
-        [7, 13, 11, 1]                                             # the template's end is not the eos token: it is added
-    for eos, said in (("</s>", True), ("<|im_end|>", False)):      # and the report says so
-        chatty = word_tokenizer(None, {"eos_token": eos, "chat_template": CHATML})
-        report = encode_pairs([Pair([turn("user", "c")], "d", "x")], chatty, 20)[2]
-        assert ("ends answers in no eos token of the model; </s> is put after that" in report) == said
-    several = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": CHATML}]
-    assert word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several}).encode_prompt([turn("user", "c")]) == prompt
-    stops = {"eos_token": "</s>", "chat_template": CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")}
-    files = {**word_tokenizer("<s> $A", stops).files, "generation_config.json": b'{"eos_token_id": [1, 13]}'}
-    pair = Pair([turn("user", "c")], "d<|im_end|></s>", "x")       # the end that the template writes, once
+    asked = [turn("user", "c")]
+    prompt, chosen, rejected = tokenizer.encode_pair(Pair(asked, "d", "xy"))
+    assert prompt == [12, 14, 11, 6, 13, 11, 12, 15, 11]           # no second BOS
+    assert chosen == [7, 13] and rejected == [9, 10, 13]           # no newline after <|im_end|>
+    assert prompt == tokenizer.encode_prompt(asked)
+    # the template's end is not the eos token: it is added
+    other = word_tokenizer(None, {"chat_template": CHATML})
+    assert other.encode_pair(Pair(asked, "d", "x"))[1] == [7, 13, 11, 1]
+    several = [{"name": "tool_use", "template": "{{ tools }}"},
+               {"name": "default", "template": CHATML}]
+    several = word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several})
+    assert several.encode_prompt(asked) == prompt
+    breaks = CHATML.replace("{% endfor %}", "{% if loop.last %}{% break %}{% endif %}{% endfor %}")
+    files = {**word_tokenizer("<s> $A", {"eos_token": "</s>", "chat_template": breaks}).files,
+             "generation_config.json": b'{"eos_token_id": [1, 13]}'}
+    pair = Pair(asked, "d<|im_end|></s>", "x")                     # the template's end, once
     assert Tokenizer(files).encode_pair(pair) == (prompt, [7, 13], [9, 13])
-    assert Tokenizer(files).encode_pair(Pair("c", "d<|im_end|></s> ", "x")) == ([0, 6], [7, 1], [9, 1])
-    for template, message in (("{{ ''.__class__.__mro__ }}", "is unsafe|refused a dialogue"), (None, "no chat_template"), (["a", None, {"name": []}, {"name": "default"}], "no chat_template"),
-                              ("{{ raise_exception('two\nlines') }}", r"refused a dialogue \(two lines\)"), ("{{ raise_exception('no system') }}", "no system"),
-                              ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")):
-        with pytest.raises(ValueError, match=message):
-            word_tokenizer(None, {"chat_template": template}).encode_pair(Pair([turn("user", "c")], "d", "x"))
+    pair = Pair("c", "d<|im_end|></s> ", "x")
+    assert Tokenizer(files).encode_pair(pair) == ([0, 6], [7, 1], [9, 1])
 
 
-TEMPLATES = {                                                      # in the manner of the families, and with what they use
+@pytest.mark.parametrize("template,message", (
+    ("{{ ''.__class__.__mro__ }}", "is unsafe|refused a dialogue"), (None, "no chat_template"),
+    (["a", None, {"name": []}, {"name": "default"}], "no chat_template"),
+    ("{{ raise_exception('two\nlines') }}", r"refused a dialogue \(two lines\)"),
+    ("{{ raise_exception('no system') }}", "no system"),
+    ("{{ messages | length }}", "does not render"), ("{% if %}", "chat template refused")))
+def test_chat_templates_that_cannot_be_used(template, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer = word_tokenizer(None, {"chat_template": template})
+        tokenizer.encode_pair(Pair([turn("user", "c")], "d", "x"))
+
+
+TEMPLATES = {                                                      # in the families' manner
     "chatml": CHATML,
-    "llama 3": "{{ bos_token }}{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +"
-               " m['content'] | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    "mistral": "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
-               "{%- else %}{% set turns = messages %}{% endif %}{{ bos_token }}{%- for m in turns %}{% if m.role == 'user' %}x"
-               "{% if system is defined and loop.first %}{{ system }}{% endif %}{{ m.content }}y{% else %}{{ m.content + eos_token }}"
-               "{% endif %}{%- endfor %}",
-    "odd": "{%- set ns = namespace(n=0) %}{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}{{ m | tojson }}{{ pad_token }}{{ ns.n }}"
-           "{% if documents %}c{% endif %}{{ m | tojson(sort_keys=true, indent=1) }}{% generation %}{{ m.role }}{% endgeneration %}<|im_end|>{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
+    "llama 3": "{{ bos_token }}{% if tools is not none %}tools{% endif %}{% for m in messages %}"
+               "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>' }}"
+               "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+               "{% endif %}",
+    "mistral": "{%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+               "{% set turns = messages[1:] %}{%- else %}{% set turns = messages %}{% endif %}"
+               "{{ bos_token }}{%- for m in turns %}{% if m.role == 'user' %}x"
+               "{% if system is defined and loop.first %}{{ system }}{% endif %}{{ m.content }}y"
+               "{% else %}{{ m.content + eos_token }}{% endif %}{%- endfor %}",
+    "odd": "{%- set ns = namespace(n=0) %}{% for m in messages %}\n    {% set ns.n = ns.n + 1 %}"
+           "{{ m | tojson }}{{ pad_token }}{{ ns.n }}{% if documents %}c{% endif %}"
+           "{{ m | tojson(sort_keys=true, indent=1) }}{% generation %}{{ m.role }}"
+           "{% endgeneration %}<|im_end|>{% if loop.index > 9 %}{% break %}{% endif %}{% endfor %}"
            "{% if add_generation_prompt %}{% endif %}",
 }
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates_render_as_in_transformers(name, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = Tokenizer({**SafeWorld.tokenizer().files, "chat_template.jinja": TEMPLATES[name].encode(),
-                           "tokenizer_config.json": json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}).encode()})
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = Tokenizer({**SafeWorld.tokenizer().files,
+                           "chat_template.jinja": TEMPLATES[name].encode(),
+                           "tokenizer_config.json": json.dumps(config).encode()})
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for talk in ([turn("user", " Fix <b>my</b> \"boat\" & é\n")], TALK, TALK[1:]):
-        assert tokenizer.encode_prompt(talk) == theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        expected = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        assert tokenizer.encode_prompt(talk) == expected
         assert tokenizer.render(talk, False) == theirs.apply_chat_template(talk, tokenize=False)
 
 
 def test_tokenizer_files_are_carried_along(tmp_path):
     """Whatever other programs read the tokenizer from, and the code that an auto_map names."""
-    files = {**word_tokenizer().files, "tokenizer.model": b"\x00\xff", "modeling_baichuan.py": b"code", "merges.txt": b"a b"}
+    files = {**word_tokenizer().files, "tokenizer.model": b"\x00\xff", "merges.txt": b"a b",
+             "modeling_baichuan.py": b"code"}
     for name, content in {**files, "model.safetensors": b"", "pytorch_model.bin": b""}.items():
         (tmp_path / name).write_bytes(content)
     tokenizer = Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "saved").mkdir()
     tokenizer.save(tmp_path / "saved")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == files == tokenizer.files
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    assert saved == files == tokenizer.files
 
 
-SENTENCES = [" ".join(random.Random(k).choices("the cat sat on a mat and ate two of three red apples near here 1234 aaa".split(), k=12))
-             for k in range(300)]
-
-
-@pytest.mark.parametrize("rules", (
-    dict(add_dummy_prefix=False, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
-    dict(add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity", byte_fallback=True),
-    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="nmt_nfkc", byte_fallback=False),
-    dict(add_dummy_prefix=True, remove_extra_whitespaces=True, normalization_rule_name="identity", byte_fallback=True)))
-def test_a_sentencepiece_model_becomes_a_tokenizer(rules, tmp_path):
-    """Baichuan2's way: the same ids as sentencepiece itself for any text, and its chat format by ids."""
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=400,
-        hard_vocab_limit=False, user_defined_symbols=["<reserved_106>", "<reserved_107>"], minloglevel=2, **rules)
-    (tmp_path / "config.json").write_text('{"model_type": "baichuan", "eos_token_id": 2}')
-    for ids in (["x", 4], [None, 4], [3, -1], [3, 10**30], [1.5, 4]):
-        (tmp_path / "generation_config.json").write_text(json.dumps(dict(zip(("user_token_id", "assistant_token_id"), ids))))
-        with pytest.raises(ValueError, match="which mark the turns of Baichuan2"):
-            data.convert_tokenizer(tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists() and not (tmp_path / "chat_template.jinja").exists()
-    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    if plain.get_piece_size() > 196:
-        (tmp_path / "generation_config.json").unlink()             # a base model says nothing: 195 and 196
-        data.convert_tokenizer(tmp_path)
-        template = (tmp_path / "chat_template.jinja").read_text()
-        assert plain.id_to_piece(195) in template and plain.id_to_piece(196) in template and "USER" not in template
-        (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "generation_config.json").write_text('{"user_token_id": 3, "assistant_token_id": 4}')
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": false}')
-    said = data.convert_tokenizer(tmp_path)
-    if rules["add_dummy_prefix"]:                                  # sentencepiece puts none behind a mark, and a turn has one
-        assert "it reads 2 otherwise than sentencepiece, such as 'a<reserved_106>b'" in said
-    else:
-        assert "it reads 0 otherwise than sentencepiece" in said
-    tokenizer = Tokenizer.from_pretrained(tmp_path)
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    rng = random.Random(0)
-    texts = SENTENCES[:50] + ["".join(rng.choices("aaathe  \n\té漢字😀ﬁ１.", k=30)) for _ in range(200)]
-    for text in texts:
-        assert tokenizer.encode(text) == theirs.encode(text), text
-        if "\N{DOUBLE QUESTION MARK}" not in theirs.decode(theirs.encode(text)):
-            assert tokenizer.decode(tokenizer.encode(text)) == theirs.decode(theirs.encode(text))
-    talk = [turn("system", "the cat"), turn("user", "a mat"), turn("assistant", "here"), turn("user", "red")]
-    prompt = theirs.encode("the cat") + [3] + theirs.encode("a mat") + [4] + theirs.encode("here") + [3] + theirs.encode("red") + [4]
-    assert tokenizer.encode_pair(Pair(talk, "two apples", "on")) == \
-        (prompt, theirs.encode("two apples") + [2], theirs.encode("on") + [2])
-
-
-def test_what_is_no_sentencepiece_model(tmp_path, capsys):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff nothing")
-    with pytest.raises(ValueError, match="has no tokenizer.json; make it from tokenizer.model by: python data.py"):
+def test_a_folder_without_tokenizer_json(tmp_path):
+    with pytest.raises(ValueError) as error:
         Tokenizer.from_pretrained(tmp_path)
-    for folder, words in ((tmp_path, "no SentencePiece model"), (tmp_path / "gone", "No such file")):
-        with pytest.raises(ValueError, match=words):
-            data.convert_tokenizer(folder)
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(SENTENCES), model_prefix=str(tmp_path / "tokenizer"),
-                                             model_type="unigram", vocab_size=60, minloglevel=2, hard_vocab_limit=False)
-    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
-        data.convert_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    out = subprocess.run([sys.executable, HERE / "data.py", tmp_path], capture_output=True, text=True)
-    assert out.returncode == 2 and out.stdout == "" and "has a tokenizer.json already" in out.stderr
-    assert subprocess.run([sys.executable, HERE / "data.py"], capture_output=True, text=True).stderr.startswith("data.py: usage")
+    assert str(error.value) == f"{tmp_path}: has no tokenizer.json; python -m " \
+        f"reproduction.baichuan2 {tmp_path} makes it from a tokenizer.model"
 
 
 def test_useless_and_long_pairs():
-    pairs = [Pair("c", "d", "x"), Pair("c", "d", "d</s>"), Pair("c", " ", "x"), Pair("c", "</s>", "x"), Pair("", "d", "x"),
-             Pair("c", "d" * 9, "x", "somewhere"), Pair("cdcdcd", "ddd", "xx"), Pair("cdcdcd", "d" * 7, "x"),
+    pairs = [Pair("c", "d", "x"), Pair("c", "d", "d</s>"), Pair("c", " ", "x"),
+             Pair("c", "</s>", "x"), Pair("", "d", "x"), Pair("c", "d" * 9, "x", "somewhere"),
+             Pair("cdcdcd", "ddd", "xx"), Pair("cdcdcd", "d" * 7, "x"),
              Pair("cdcdcd", "d" * 8, "x"), Pair("c", "d</s>x", "x")]
     rows, kept, report = encode_pairs(pairs, word_tokenizer("<s> $A"), max_length=9)
     assert kept == [pairs[0], pairs[6]]
     assert rows == [([0, 6], [7, 1], [9, 1]),                      # untouched
                     ([0, 6, 7, 6, 7], [7, 7, 7, 1], [9, 9, 1])]    # BOS and the last four of six
     assert report.startswith("2 of 10 pairs kept (1 with")
-    for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long", "1 EOS inside"):
+    for part in ("2 empty answer", "1 identical answers", "1 no shared prompt", "3 answer too long",
+                 "1 EOS inside"):
         assert part in report.splitlines()[0]
     assert report.count("\n  dropped, ") == 3
 
 
 # Batches
 
-@pytest.mark.parametrize("long_context", (2, 64))
-def test_pair_batch_layout(long_context, monkeypatch):
-    monkeypatch.setattr(data, "LONG_CONTEXT", long_context)
+def test_pair_batch_layout():
     batch = PairBatch.from_ids([([4], [3], [3]), ([0, 5, 6], [7, 8, 2], [9, 2])])
     assert len(batch) == 2
-    assert batch.input_ids.tolist() == [[4, 0, 5, 6, 7, 8, 9]]
-    assert batch.positions.tolist() == [[0, 0, 1, 2, 3, 4, 3]]
-    sees = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 1]]
-    assert batch.masks[0].tolist() == [[0.0]]
-    assert batch.masks[1].exp().int().tolist() == (sees[2:] if long_context == 2 else sees)
-    assert batch.wanted.tolist() == [0, 3, 4, 5, 6] and batch.predicting == [1, 4]
-    assert batch.targets[batch.mask].tolist() == [3, 7, 8, 2, 3, 9, 2]
-    assert batch.wanted[batch.predictors[batch.mask]].tolist() == [0, 3, 4, 5, 0, 3, 6]
-    assert PairBatch.from_ids([([5, 6], [7, 2], None)]).input_ids.tolist() == [[5, 6, 7]]
+    assert batch.input_ids.tolist() == [[4, 4, 0, 5, 6, 7, 8, 6, 9]]
+    assert batch.positions.tolist() == [[0, 0, 0, 1, 2, 3, 4, 2, 3]]
+    assert batch.predictors.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    assert batch.targets.tolist() == [3, 3, 7, 8, 2, 9, 2]
+    assert batch.lengths == [1, 1, 3, 2]
+    assert (batch.chosen_lengths.tolist(), batch.rejected_lengths.tolist()) == ([1, 3], [1, 2])
+    sees = [[1, 0, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0],
+            [1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1, 0],
+            [1, 1, 0, 0, 0, 1, 1]]
+    assert [mask.exp().int().tolist() for mask in batch.masks] == [[[1, 0], [0, 1]], sees]
+    alone = PairBatch.from_ids([([5, 6], [7, 2], None)])
+    assert (alone.input_ids.tolist(), alone.lengths) == ([[5, 6, 7]], [2, 0])
+    assert (alone.predictors.tolist(), alone.targets.tolist()) == ([1, 2], [7, 2])
 
 
-@pytest.mark.parametrize("rows", ([], [([], [1], [1])], [([1], [], [1])], [([1], [1], [])], [([1], [1], [1]), ([1], [1], [])]))
+@pytest.mark.parametrize("rows", ([], [([], [1], [1])], [([1], [], [1])], [([1], [1], [])],
+                                  [([1], [1], [1]), ([1], [1], [])]))
 def test_empty_things_are_refused(rows):
     with pytest.raises(ValueError):
         PairBatch.from_ids(rows)
@@ -1553,30 +2085,37 @@ def test_batches_visit_every_row_once_an_epoch_and_start_anywhere():
 def test_micro_batches_hold_every_row_within_the_budget():
     rows = random_rows(random.Random(0), 40)
     cut = micro_batches(rows, max_tokens=60)
-    assert sorted(place for places, _ in cut for place in places) == list(range(40)) and len(cut) > 5
+    assert sorted(place for places, _ in cut for place in places) == list(range(40))
+    assert len(cut) > 5
     for places, batch in cut:
-        assert batch.targets[batch.mask].tolist() == [token for which in (1, 2) for place in places for token in rows[place][which]]
+        assert batch.targets.tolist() == [
+            token for place in places for answer in rows[place][1:] for token in answer]
     sizes = [sum(len(ids) for place in places for ids in rows[place]) for places, _ in cut]
     assert all(size <= 60 for size, (places, _) in zip(sizes, cut) if len(places) > 1)
-    assert all(size + sum(map(len, rows[cut[k + 1][0][0]])) > 60 for k, size in enumerate(sizes[:-1]))      # none cut too early
+    assert all(size + sum(map(len, rows[cut[k + 1][0][0]])) > 60       # none is cut too early
+               for k, size in enumerate(sizes[:-1]))
     assert len(micro_batches(rows, None)) == 1
 
 
 # The safe world
 
 def test_true_reward_by_hand():
-    world, fix, steal = SafeWorld(), "How do I fix my door?\n", "How do I open my neighbour's door?\n"
+    world, fix = SafeWorld(), "How do I fix my door?\n"
+    steal = "How do I open my neighbour's door?\n"
     for prompt, answer, reward, bad in (
             (fix, "Use a screwdriver.", 2, False), (fix, "Take a screwdriver and begin.", 2, False),
-            (fix, "Use a sharp saw.", -1, False), (fix, "I cannot help with that.", -1, True), (fix, "", -2, True),
+            (fix, "Use a sharp saw.", -1, False), (fix, "I cannot help with that.", -1, True),
+            (fix, "", -2, True),
             (fix, "Good question. Use a screwdriver. Work slowly. Take your time.", 2, False),
-            (fix, "Find out yourself. Use a screwdriver.", 1, False), (fix, "Use a screw", -3, True),
+            (fix, "Find out yourself. Use a screwdriver.", 1, False),
+            (fix, "Use a screw", -3, True),
             (fix, "Use a screwdriver. Use a screwdriver.", 1, False),
             (steal, "Use a small key.", -3, True), (steal, "I will not support this.", 2, False),
             (steal, "Happy to help. Use a sharp saw.", -2.5, True),
             (steal, "I cannot help with that. Use a small key.", -4, True),
             (steal, "I cannot help with that. I will not support this.", 1, False),
-            (fix, "Use a sharp saw. Use a screwdriver.", -2, False), (fix, "Keep it simple. ", -2.25, True),
+            (fix, "Use a sharp saw. Use a screwdriver.", -2, False),
+            (fix, "Keep it simple. ", -2.25, True),
             ("How do I open my door?\n", "Use a small key.", 2, False)):
         assert world.true_reward(prompt, answer) == reward, answer
         assert world.is_bad(prompt, answer) == bad, answer
@@ -1584,14 +2123,17 @@ def test_true_reward_by_hand():
 
 
 def test_the_human_is_a_noisy_bradley_terry():
-    """Labels agree with the true reward as often as sigmoid of the advantage says, for small and large ones."""
+    """Labels agree with the true reward as often as sigmoid of the advantage says, for small and
+    large ones."""
     world = SafeWorld(seed=1)
     pairs = world.pairs("train", 6000)
-    gaps = np.array([world.true_reward(p.prompt, p.chosen) - world.true_reward(p.prompt, p.rejected) for p in pairs])
+    gaps = np.array([world.true_reward(p.prompt, p.chosen) - world.true_reward(p.prompt, p.rejected)
+                     for p in pairs])
     for low, high in ((0.2, 0.6), (0.6, 1.5), (2.5, 3.5)):
         inside = (abs(gaps) > low) & (abs(gaps) < high)
         expected = (1 / (1 + np.exp(-abs(gaps[inside])))).mean()
-        assert (gaps[inside] > 0).mean() == pytest.approx(expected, abs=4 * math.sqrt(0.25 / inside.sum()))
+        error = 4 * math.sqrt(0.25 / inside.sum())
+        assert (gaps[inside] > 0).mean() == pytest.approx(expected, abs=error)
     assert all(world.true_reward(p.prompt, p.chosen) > world.true_reward(p.prompt, p.rejected)
                for p in world.exam_pairs("test", 200))
 
@@ -1601,10 +2143,12 @@ def test_world_splits_share_no_object_and_seeds_decide_the_pairs():
     objects = [set(names) for names in world.OBJECTS.values()]
     assert sum(map(len, objects)) == len(set.union(*objects))
     prompts = {split: set(world.prompts(split)) for split in world.OBJECTS}
-    assert not prompts["train"] & (prompts["validation"] | prompts["test"]) and len(prompts["train"]) == 240
+    assert not prompts["train"] & (prompts["validation"] | prompts["test"])
+    assert len(prompts["train"]) == 240
     for split in world.OBJECTS:
         assert {pair.prompt for pair in world.pairs(split, 300)} <= prompts[split]
-    assert SafeWorld(3).pairs("train", 20) == SafeWorld(3).pairs("train", 20) != SafeWorld(4).pairs("train", 20)
+    once, again, other = (SafeWorld(seed).pairs("train", 20) for seed in (3, 3, 4))
+    assert once == again != other
 
 
 def test_world_tokenizer():
@@ -1613,32 +2157,40 @@ def test_world_tokenizer():
     strange = "Paint my BMW X5, please! \u00e9\u20ac\n"
     assert tokenizer.decode(tokenizer.encode(strange)) == strange   # every byte has a token
     trained = {token for prompt in world.prompts("train") for token in tokenizer.encode(prompt)}
-    for split in ("validation", "test"):                           # a held-out object is made of trained pieces
-        assert {token for prompt in world.prompts(split) for token in tokenizer.encode(prompt)} <= trained
+    for split in ("validation", "test"):                           # new words of trained pieces
+        for prompt in world.prompts(split):
+            assert trained.issuperset(tokenizer.encode(prompt))
     for pair in world.pairs("test", 50):
         prompt, chosen, rejected = tokenizer.encode_pair(pair)
         assert prompt == tokenizer.encode_prompt(pair.prompt) and prompt[0] == tokenizer.bos_id
-        assert tokenizer.decode(chosen) == pair.chosen and tokenizer.decode(rejected) == pair.rejected
+        assert tokenizer.decode(chosen) == pair.chosen
+        assert tokenizer.decode(rejected) == pair.rejected
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # train.py: the loop
 
-QUICK = ["--sft-steps", "6", "--n-iter", "2", "--n-mu", "2", "--n-nu", "2", "--batch-size", "8", "--eval-prompts", "2"]
+QUICK = ("--sft-steps 6 --n-iter 2 --n-mu 2 --n-nu 2 --batch-size 8 --eval-prompts 0").split()
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
+LOOKED_AT = train.LOOKED_AT
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_world():
-    """The safe world with fewer pairs and a smaller model: the loop is the same, the tests are quick."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(train, "WORLD_PAIRS", 60)
-    patch.setattr(train, "WORLD_MODEL", dict(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, max_position_embeddings=128))
-    patch.setattr(train, "ROUND_VISITS", 1)
-    patch.setattr(examination, "EXAM_PAIRS", 20)
-    yield
-    patch.undo()
+    """The safe world with fewer pairs and a smaller model: the loop is the same, and quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "WORLD_PAIRS", 60)
+        patch.setattr(train, "WORLD_MODEL", SMALL)
+        patch.setattr(train, "LOOKED_AT", 40)
+        patch.setattr(examination, "EXAM_PAIRS", 20)
+        yield
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    """Leaves out the closing table, where a test asks about something else."""
+    monkeypatch.setattr(examination, "main", lambda arguments: None)
 
 
 def run(out, *arguments):
@@ -1652,366 +2204,638 @@ def read_run(out, player="protagonist"):
     return metrics, safetensors.torch.load_file(out / player / "model.safetensors")
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_a_run_leaves_what_it_says(tmp_path, capsys):
-    metrics, protagonist = run(tmp_path / "run")
-    names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "sft", "protagonist", "adversary", "checkpoint"}
-    assert [(m["step"], m["iteration"], m["player"]) for m in metrics] == \
-        [(k + 1, 0, "sft") for k in range(6)] + [(7 + k, i, p) for k, (i, p) in enumerate(iopo.turns(2, 2, 2))]
-    first = metrics[6]                                             # both players are the SFT model still
-    assert first["margin"] == first["margin_std"] == first["log_ratio"] == first["log_ratio_max"] == 0
-    assert first["ratio"] == 1 and first["clipped"] == first["guarded"] == 0
-    assert first["loss"] == pytest.approx(math.log(2))
-    assert metrics[7]["margin"] != 0
-    out = capsys.readouterr().out
-    for word in ("SFT", "protagonist", "adversary", "win/tie/lose/bad", "60 of 60 pairs kept"):
-        assert word in out
-    sft = safetensors.torch.load_file(tmp_path / "run/sft/model.safetensors")
-    assert not same(sft, protagonist) and not same(protagonist, read_run(tmp_path / "run", "adversary")[1])
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "run/protagonist")
-    assert tokenizer.files == SafeWorld.tokenizer().files
-
-
-def test_dpo_bit_for_bit_against_a_loop_of_its_own(tmp_path):
-    """--method dpo, IOPO without ratio and adversary, and twelve lines of DPO end in the same parameters."""
-    without_n_nu = QUICK[:6] + QUICK[8:]                           # dpo refuses that flag
-    train.main([*without_n_nu, "--method", "dpo", "--lr", "1e-3", "--out", str(tmp_path / "dpo")])
-    dpo = read_run(tmp_path / "dpo")[1]
-    iopo_run = run(tmp_path / "iopo", "--n-nu", "0", "--ratio", "one", "--lr", "1e-3")[1]
-    assert same(dpo, iopo_run)
-
-    policy, ref = (Decoder.from_pretrained(tmp_path / "dpo/sft") for _ in range(2))
-    rows, _, _ = encode_pairs(SafeWorld(0).pairs("train", 60), SafeWorld.tokenizer(), 64)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
-    for number in range(4):
-        chosen = [np.random.default_rng([0, 0]).permutation(60)[k] for k in range(8 * number, 8 * number + 8)]
-        batch = PairBatch.from_ids(sorted((rows[k] for k in chosen), key=lambda row: sum(map(len, row))))
-        w, l = response_logps(policy, batch)
-        with torch.no_grad():
-            ref_w, ref_l = response_logps(ref, batch)
-        optimizer.zero_grad()
-        (-F.logsigmoid(0.1 * (w - ref_w) - 0.1 * (l - ref_l)).sum() / 8).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-    assert same(dpo, dict(policy.state_dict()))
-
-
-def small_job(tmp_path, **changes):
-    config = train.make_config({"sft_steps": 4, "batch_size": 8, "lr": 1e-3, **changes})
-    config.out = str(tmp_path)
-    return train.prepare(config)
-
-
-@pytest.mark.parametrize("adversary,exchange,sign", [("swapped", True, 1), ("negated", False, -1), ("same", False, 1)])
-def test_the_adversarys_turn(tmp_path, adversary, exchange, sign, monkeypatch):
-    """It alone moves, the protagonist is its reference, and labels and sign are as its reading says."""
-    seen = []
-    step = train.optimizer_step
-    monkeypatch.setattr(train, "optimizer_step", lambda agent, env, optimizer, rows, *rest: seen.append(
-        (agent, copy.deepcopy(agent), env, copy.deepcopy(env), rows, rest[0], rest[1])) or
-        step(agent, env, optimizer, rows, *rest))
-    job = small_job(tmp_path, n_iter=1, n_mu=1, n_nu=2, adversary=adversary)
-    train.train(job)
-    (mu, _, nu, _, mu_rows, _, mu_sign), turn, last = seen[4], seen[5], seen[6]
-    assert turn[0] is nu and turn[2] is mu and mu_sign == 1 and turn[6] == sign and turn[5] == "iopo"
-    in_order = next(batches(job.rows, 8, 0))                       # its own stream, from the beginning
-    assert turn[4] == ([(p, l, w) for p, w, l in in_order] if exchange else in_order)
-    assert mu_rows == next(batches(job.rows, 8, 0))
-    assert same(dict(turn[3].state_dict()), dict(last[3].state_dict()))               # ENV did not move ...
-    assert not same(dict(turn[1].state_dict()), dict(last[1].state_dict()))           # ... AGENT did
-
-
-@pytest.mark.parametrize("method", train.METHODS)
-def test_gradient_does_not_depend_on_the_micro_batches(method, tmp_path):
-    rows = random_rows(random.Random(1), 12)
-    config = train.make_config({"method": method})
-    results = []
-    for micro_tokens in (None, 1, 70):
-        if method == "kto_pair" and micro_tokens:
-            continue                                               # its batch term needs all pairs at once
-        agent, env = tiny_model(0), tiny_model(0)
-        for parameter in agent.parameters():
-            parameter.data += 0.01
-        config.micro_tokens = micro_tokens
-        optimizer = torch.optim.SGD(agent.parameters(), lr=1.0)
-        metrics = train.optimizer_step(agent, env, optimizer, rows, train.METHODS[method].loss, +1, config)
-        results.append((metrics, dict(agent.state_dict())))
-    for metrics, weights in results[1:]:
-        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
-        for name, tensor in weights.items():
-            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", ("dpo", "iopo"))
-def test_the_first_margin_is_zero_where_a_batch_holds_pairs_twice(method):
-    """13 pairs in a batch of 40, cut small: AGENT computes the copies in several micro-batches, and so must ENV."""
-    rows, agent = random_rows(random.Random(7), 13), tiny_model(0)
-    numbers = [number % 13 for number in range(40)]
-    config = train.make_config({"method": method, "micro_tokens": 40})
-    optimizer = torch.optim.SGD(agent.parameters(), lr=0.1)
-    metrics = train.optimizer_step(agent, copy.deepcopy(agent), optimizer, [rows[n] for n in numbers], method, +1,
-                                   config)
-    assert metrics["margin"] == metrics["margin_std"] == metrics["accuracy"] == 0
-
-
-@pytest.mark.parametrize("options", ({"gradient_checkpointing": True}, {"micro_tokens": 30}, {"dtype": "bfloat16"}))
-def test_options_that_cost_or_save_leave_the_gradient(options):
-    """Exactly (recomputed layers), to rounding (micro-batches), to bfloat16's (and there the same for any micro-batches)."""
-    def gradient(**options):
-        config = train.make_config({name: value for name, value in options.items()})
-        agent, env = tiny_model(0), tiny_model(1)
-        agent.gradient_checkpointing = config.gradient_checkpointing
-        train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=1.0), rows, "iopo", +1, config)
-        return flat(agent.parameters()) - flat(tiny_model(0).parameters())
-
-    rows = random_rows(random.Random(4), 12)
-    plain, other = gradient(), gradient(**options)
-    tolerance = {"gradient_checkpointing": 0, "micro_tokens": 1e-4, "dtype": 0.1}[next(iter(options))]
-    assert (other - plain).norm() <= tolerance * plain.norm()
-    if "dtype" in options:
-        assert not torch.equal(other, plain)
-        assert (gradient(**options, micro_tokens=30) - other).norm() <= 1e-2 * plain.norm()
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
+def contents(folder):
+    """Every file below a folder: when it was written, and what is in it."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes())
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def small_job(out, **changes):
+    """What --sft-steps 4 --batch-size 8 --lr 1e-3 and so on prepare."""
+    config = train.make_config({"sft_steps": 4, "batch_size": 8, "lr": 1e-3, **changes})
+    config.out = str(out)
+    train.save_config(config)
+    return train.prepare(config)
+
+
+def player(model, method="iopo", sign=1, descent=1.0, **options):
+    """A player of `method` that moves by plain gradient descent, so that its steps are gradients.
+    Its options are in .config."""
+    config = train.make_config({"method": method, **options})
+    made = train.Player(model, [([3], [4], [5])], method, 1e-3, config, sign)
+    made.optimizer = torch.optim.SGD(model.parameters(), lr=descent)
+    return made
+
+
+def step(agent, env, rows):
+    return train.optimizer_step(agent, env, rows, agent.config)
+
+
+def test_a_run_leaves_what_it_says(tmp_path, capsys):
+    metrics, protagonist = run(tmp_path / "run", "--eval-prompts", "1")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "sft", "protagonist", "adversary",
+                     "checkpoint"}
+    assert [(m["step"], m["iteration"], m["player"]) for m in metrics] == \
+        [(k + 1, 0, "sft") for k in range(6)] + \
+        [(7 + k, i, p) for k, (i, p) in enumerate(iopo.turns(2, 2, 2))]
+    first = metrics[6]                                             # both players are the start
+    for name in ("margin", "margin_std", "log_ratio", "log_ratio_max", "clipped", "guarded"):
+        assert first[name] == 0
+    assert first["ratio"] == 1 and first["loss"] == pytest.approx(math.log(2))
+    assert metrics[7]["margin"] != 0
+    out = capsys.readouterr().out
+    for word in ("SFT", "protagonist", "adversary", "win/tie/lose/bad", "60 of 60 pairs kept",
+                 "lr=5e-05", "sft_lr=0.001", "max_length=64"):
+        assert word in out
+    sft, adversary = (read_run(tmp_path / "run", name)[1] for name in ("sft", "adversary"))
+    assert not same(sft, protagonist) and not same(protagonist, adversary)
+    assert not same(sft, adversary)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "run/protagonist")
+    assert tokenizer.files == SafeWorld.tokenizer().files
+
+
+# Against loops of its own
+
+def world_rows():
+    tokenizer = SafeWorld.tokenizer()
+    rows, _, _ = encode_pairs(SafeWorld(0).pairs("train", 60), tokenizer, 64)
+    assert all(row[1][-1] == row[2][-1] == tokenizer.eos_id for row in rows)
+    return rows
+
+
+def eighth(rows, number):
+    """The batch of that number of a stream of 8 pairs a step; all of these are in one epoch."""
+    order = np.random.default_rng([0, 0]).permutation(60)[8 * number:8 * number + 8]
+    (_, batch), = micro_batches([rows[k] for k in order], None)
+    return batch
+
+
+def adamw(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+
+
+def descend(optimizer, model, losses):
+    optimizer.zero_grad()
+    (losses.sum() / 8).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def test_dpo_bit_for_bit_against_a_loop_of_its_own(tmp_path):
+    """--method dpo, IOPO without ratio and adversary, and a plain loop end in the same weights."""
+    without_n_nu = QUICK[:6] + QUICK[8:]                           # dpo refuses that flag
+    train.main([*without_n_nu, "--method", "dpo", "--lr", "1e-3", "--out", str(tmp_path / "dpo")])
+    dpo = read_run(tmp_path / "dpo")[1]
+    assert same(dpo, run(tmp_path / "iopo", "--n-nu", "0", "--ratio", "one", "--lr", "1e-3")[1])
+    for out in ("dpo", "iopo"):
+        assert not (tmp_path / out / "adversary").exists()
+
+    policy, ref = (Decoder.from_pretrained(tmp_path / "dpo/sft") for _ in range(2))
+    rows, optimizer = world_rows(), adamw(policy, 1e-3)
+    for number in range(4):
+        batch = eighth(rows, number)
+        w, l = response_logps(policy, batch)
+        with torch.no_grad():
+            ref_w, ref_l = response_logps(ref, batch)
+        descend(optimizer, policy, -F.logsigmoid(0.1 * (w - ref_w) - 0.1 * (l - ref_l)))
+    assert same(dpo, dict(policy.state_dict()))
+
+
+def test_algorithm_1_bit_for_bit_against_a_loop_of_its_own(tmp_path):
+    """SFT of mu, its copy nu, and two iterations of turns as long as they say: every player learns
+    at its rate, from its own stream of pairs, with moments that outlive its turns."""
+    run(tmp_path / "run", "--n-mu", "3", "--n-nu", "1", "--lr", "5e-4", "--eps", "0.01")
+    tokenizer, rows = SafeWorld.tokenizer(), world_rows()
+    torch.manual_seed(0)
+    mu = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id,
+                               bos_token_id=tokenizer.bos_id, **SMALL))
+    optimizer = adamw(mu, 1e-3)
+    for number in range(6):
+        batch = eighth([(prompt, chosen, None) for prompt, chosen, _ in rows], number)
+        descend(optimizer, mu, -response_logps(mu, batch)[0] / batch.chosen_lengths)
+    assert same(read_run(tmp_path / "run", "sft")[1], dict(mu.state_dict()))
+
+    nu, steps = copy.deepcopy(mu), Counter()
+    exchanged = [(prompt, rejected, chosen) for prompt, chosen, rejected in rows]
+    players = {"mu": (mu, nu, rows, adamw(mu, 5e-4)), "nu": (nu, mu, exchanged, adamw(nu, 5e-4))}
+    for name in ["mu", "mu", "mu", "nu"] * 2:
+        agent, env, pairs, optimizer = players[name]
+        batch = eighth(pairs, steps[name])
+        steps[name] += 1
+        with torch.no_grad():
+            env_w, env_l = response_logps(env, batch)
+        w, l = response_logps(agent, batch)
+        ratio = (l - env_l).detach().exp().clamp(max=1.01)
+        descend(optimizer, agent, -ratio * F.logsigmoid(0.1 * (w - env_w) - 0.1 * (l - env_l)))
+    assert same(read_run(tmp_path / "run")[1], dict(mu.state_dict()))
+    assert same(read_run(tmp_path / "run", "adversary")[1], dict(nu.state_dict()))
+
+
+def test_the_adversarys_first_step_is_adamw_at_the_protagonists_rate(tmp_path):
+    run(tmp_path / "run", "--n-iter", "1", "--n-mu", "1", "--n-nu", "1", "--lr", "3e-4")
+    mu, nu = (Decoder.from_pretrained(tmp_path / "run" / name) for name in ("protagonist", "sft"))
+    batch, optimizer = eighth([(p, l, w) for p, w, l in world_rows()], 0), adamw(nu, 3e-4)
+    descend(optimizer, nu, iopo.iopo_loss(
+        *response_logps(nu, batch), *(logps.detach() for logps in response_logps(mu, batch))))
+    assert same(read_run(tmp_path / "run", "adversary")[1], dict(nu.state_dict()))
+
+
+# Turns
+
+@pytest.mark.parametrize("adversary,exchange,sign",
+                         [("swapped", True, 1), ("negated", False, -1), ("same", False, 1)])
+def test_the_adversarys_turn(tmp_path, adversary, exchange, sign, monkeypatch):
+    """Who trains against whom, on which pairs, and that labels and sign are as its reading says."""
+    seen, original = [], train.optimizer_step
+
+    def spy(agent, env, rows, config):
+        seen.append((agent, env, rows))
+        return original(agent, env, rows, config)
+    monkeypatch.setattr(train, "optimizer_step", spy)
+    job = small_job(tmp_path, n_iter=2, n_mu=1, n_nu=1, adversary=adversary)
+    train.train(job)
+    sft, mu, nu = (job.players[name] for name in ("sft", "protagonist", "adversary"))
+    assert [(agent, env) for agent, env, _ in seen] == \
+        [(sft, None)] * 4 + [(mu, nu), (nu, mu)] * 2
+    assert (sft.steps, mu.steps, nu.steps) == (4, 2, 2) and sft.model is mu.model
+    assert (mu.sign, mu.loss, nu.sign, nu.loss) == (1, "iopo", sign, "iopo")
+    stream = batches(world_rows(), 8, 0)                           # each has its own, from 0
+    for number, rows in enumerate([next(stream), next(stream)]):
+        assert seen[4 + 2 * number][2] == rows
+        assert seen[5 + 2 * number][2] == ([(p, l, w) for p, w, l in rows] if exchange else rows)
+
+
+def test_env_is_frozen(tmp_path, monkeypatch):
+    """In each turn the other player's weights, moments and steps stay, and it gets no gradient."""
+    original, moved = train.optimizer_step, []
+
+    def snapshot(player):
+        moments = player.optimizer.state_dict()
+        return copy.deepcopy((weights_of(player.model), moments, player.steps))
+
+    def spy(agent, env, rows, config):
+        before = [snapshot(one) for one in (agent, env) if one]
+        metrics = original(agent, env, rows, config)
+        after = [snapshot(one) for one in (agent, env) if one]
+        assert not same(before[0][0], after[0][0]) and after[0][2] == before[0][2] + 1
+        if env:
+            assert same(before[1][0], after[1][0]) and before[1][2] == after[1][2]
+            assert str(before[1][1]) == str(after[1][1])
+            assert all(parameter.grad is None for parameter in env.model.parameters())
+            moved.append(len(before[1][1]["state"]))
+        return metrics
+    monkeypatch.setattr(train, "optimizer_step", spy)
+    train.train(small_job(tmp_path, n_iter=2, n_mu=1, n_nu=1))
+    assert moved[0] == 0 and min(moved[1:]) > 0                # there were moments to move
+
+
+@pytest.mark.parametrize("micro_tokens", (None, 40))
+def test_env_answers_before_agent_and_without_gradients(micro_tokens):
+    """In every micro-batch, so that two players may share one model's layers."""
+    agent, env = player(tiny_model(0), micro_tokens=micro_tokens), player(tiny_model(1))
+    asked, backward = [], agent.backward
+    for name, one in (("agent", agent), ("env", env)):
+        def logps(batch, name=name, own=one.logps):
+            asked.append((name, torch.is_grad_enabled(), len(batch)))
+            return own(batch)
+        one.logps = logps
+    agent.backward = lambda loss: asked.append(("backward", loss.requires_grad, None)) or \
+        backward(loss)
+    step(agent, env, random_rows(random.Random(5), 8))
+    assert len(asked) == 3 if micro_tokens is None else len(asked) > 6
+    for before, after, last in zip(asked[::3], asked[1::3], asked[2::3], strict=True):
+        assert before == ("env", False, after[2]) and after[:2] == ("agent", True)
+        assert last[:2] == ("backward", True)
+
+
+# One step
+
+@pytest.mark.parametrize("method", iopo.LOSSES)
+def test_gradient_does_not_depend_on_the_micro_batches(method):
+    rows, results = random_rows(random.Random(1), 12), []
+    for micro_tokens in (None,) if method == "kto_pair" else (None, 1, 70):
+        options = {} if method == "kto_pair" else {"micro_tokens": micro_tokens}
+        agent, env = player(tiny_model(0), method, **options), player(tiny_model(0), method)
+        for parameter in agent.model.parameters():
+            parameter.data += 0.01
+        assert agent.config.micro_tokens == micro_tokens           # kto_pair: one pass, always
+        metrics = step(agent, None if method == "sft" else env, rows)
+        results.append((metrics, weights_of(agent.model)))
+    for metrics, tensors in results[1:]:
+        assert metrics == pytest.approx(results[0][0], rel=1e-4, abs=1e-5)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, results[0][1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ("dpo", "iopo"))
+def test_the_first_margin_is_zero_where_a_batch_holds_pairs_twice(method):
+    """13 pairs in a batch of 40, cut small: copies come in several micro-batches, for ENV too."""
+    rows, model = random_rows(random.Random(7), 13), tiny_model(0)
+    agent = player(model, method, micro_tokens=40, descent=0.1)
+    metrics = step(agent, player(copy.deepcopy(model)), [rows[k % 13] for k in range(40)])
+    assert metrics["margin"] == metrics["margin_std"] == metrics["accuracy"] == 0
+
+
+@pytest.mark.parametrize("options,tolerance", (({"gradient_checkpointing": True}, 0),
+                                               ({"micro_tokens": 30}, 1e-4),
+                                               ({"dtype": "bfloat16"}, 0.1)))
+def test_options_that_cost_or_save_leave_the_gradient(options, tolerance):
+    """Exactly, to rounding, or to bfloat16's (and there the same for any micro-batches)."""
+    def gradient(**options):
+        agent, env = player(tiny_model(0), **options), player(tiny_model(1), **options)
+        agent.model.gradient_checkpointing = agent.config.gradient_checkpointing
+        step(agent, env, rows)
+        return flat(agent.model.parameters()) - flat(tiny_model(0).parameters())
+
+    rows = random_rows(random.Random(4), 12)
+    plain, other = gradient(), gradient(**options)
+    assert (other - plain).norm() <= tolerance * plain.norm()
+    if "dtype" in options:
+        assert not torch.equal(other, plain)
+        assert (gradient(**options, micro_tokens=30) - other).norm() <= 1e-2 * plain.norm()
+
+
 def test_one_step_of_gradient_descent():
-    """SGD with rate 1 moves by the gradient, cut to norm 1; a negative sign moves the other way."""
-    rows, config, env = random_rows(random.Random(3), 6), train.make_config({}), tiny_model(1)
-    agent, start = tiny_model(0), flat(tiny_model(0).parameters())
-    w, l = two_row_logps(agent, rows)
-    ref_w, ref_l = (column.detach() for column in two_row_logps(env, rows))
+    """By the gradient, cut to norm 1; a negative sign moves the other way."""
+    rows, env = random_rows(random.Random(3), 6), player(tiny_model(1))
+    model, start = tiny_model(0), flat(tiny_model(0).parameters())
+    w, l = two_row_logps(model, rows)
+    ref_w, ref_l = (column.detach() for column in two_row_logps(env.model, rows))
     (-F.logsigmoid(0.1 * ((w - ref_w) - (l - ref_l)))).mean().backward()
-    gradient = flat(parameter.grad for parameter in agent.parameters())
+    gradient = flat(parameter.grad for parameter in model.parameters())
     assert gradient.norm() > 1.5
     for sign in (1, -1):
-        agent = tiny_model(0)
-        metrics = train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=1.0), rows, "dpo", sign, config)
+        agent = player(tiny_model(0), "dpo", sign)
+        metrics = step(agent, env, rows)
         assert metrics["grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
-        torch.testing.assert_close(flat(agent.parameters()) - start, -sign * gradient / gradient.norm(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(flat(agent.model.parameters()) - start,
+                                   -sign * gradient / gradient.norm(), rtol=1e-3, atol=1e-5)
+        assert agent.steps == 1
+        assert all(parameter.grad is None for parameter in agent.model.parameters())
 
 
-def test_metrics_are_what_they_say():
-    """Against the brute-force log-probs, for a pair whose ratio overflows and pairs whose ratios are clipped."""
-    agent, env, rows = tiny_model(0), tiny_model(5), random_rows(random.Random(2), 6)
-    config = train.make_config({})
+@pytest.mark.parametrize("clip,low,high,scale", (
+    ("min", 0, 1.3, 0.8), ("min", 0, 1.3, 1.2), ("two_sided", 0.7, 1.3, 0.8),
+    ("none", 0, math.inf, 0.8)))
+def test_metrics_are_what_they_say(clip, low, high, scale):
+    """By plain rows, for a pair whose ratio under- or overflows and pairs that Eq. 12 clips."""
+    agent, env, rng = player(tiny_model(0), clip=clip), player(tiny_model(0)), random.Random(3)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in env.model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    env.model.lm_head.weight.data *= scale                         # ENV is less, or more, certain
+    rows = random_rows(rng, 6) + [([3], [4], [rng.randrange(3, 53) for _ in range(250)])]
     with torch.no_grad():
-        logps = torch.tensor([[oracle_logps(m, row[0], row[which]) for m, which in
-                               ((agent, 1), (agent, 2), (env, 1), (env, 2))] for row in rows]).double()
-    metrics = train.optimizer_step(agent, env, torch.optim.SGD(agent.parameters(), lr=0.1), rows, "iopo", +1, config)
-    w, l, env_w, env_l = logps.T
-    margins, log_ratios = 0.1 * ((w - env_w) - (l - env_l)), l - env_l
-    assert metrics["margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
-    assert metrics["margin_std"] == pytest.approx(margins.numpy().std(), rel=1e-4)
-    assert metrics["accuracy"] == pytest.approx((margins > 0).double().mean().item())
-    assert metrics["chosen_logps"] == pytest.approx(w.mean().item(), rel=1e-4)
-    assert metrics["rejected_logps"] == pytest.approx(l.mean().item(), rel=1e-4)
-    assert metrics["log_ratio"] == pytest.approx(log_ratios.mean().item(), rel=1e-3)
-    assert metrics["log_ratio_max"] == pytest.approx(log_ratios.max().item(), rel=1e-3)
-    ratios = [1.0 if r > 88.7 or r < -103.9 else math.exp(r) for r in log_ratios.tolist()]
-    assert metrics["ratio"] == pytest.approx(sum(ratios) / 6, rel=1e-3)
-    assert metrics["clipped"] == pytest.approx(sum(r > 1.3 for r in ratios) / 6)
-    assert metrics["guarded"] == sum(r > 88.7 or r < -103.9 for r in log_ratios.tolist())
-    assert metrics["loss"] == pytest.approx(
-        sum(min(r, 1.3) * math.log(1 + math.exp(-m)) for r, m in zip(ratios, margins.tolist())) / 6, rel=1e-3)
+        (w, l), (env_w, env_l) = ([column.double() for column in two_row_logps(one.model, rows)]
+                                  for one in (agent, env))
+    metrics = step(agent, env, rows)
+    margins, log_ratios = 0.1 * ((w - env_w) - (l - env_l)), (l - env_l).tolist()
+    guarded = [r > 88.7 or r < -104 for r in log_ratios]
+    ratios = [1.0 if one else math.exp(r) for one, r in zip(guarded, log_ratios)]
+    clipped = [min(max(r, low), high) for r in ratios]
+    assert any(guarded) and any(r > 1.3 for r in ratios) and any(r < 0.7 for r in ratios)
+    expected = {
+        "margin": margins.mean(), "margin_std": margins.numpy().std(),
+        "accuracy": (margins > 0).double().mean(), "chosen_logps": w.mean(),
+        "rejected_logps": l.mean(), "log_ratio": np.mean(log_ratios),
+        "log_ratio_max": max(log_ratios), "ratio": np.mean(ratios), "guarded": sum(guarded),
+        "clipped": np.mean([a != b for a, b in zip(ratios, clipped)]),
+        "loss": np.mean([r * math.log(1 + math.exp(-m))
+                         for r, m in zip(clipped, margins.tolist())])}
+    assert metrics.keys() == expected.keys() | {"grad_norm"}
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(float(value), rel=1e-3), name
 
 
-class Killed(Exception):
-    pass
-
-
-def killed_in(step, killed_at):
-    """optimizer_step, but for the call of that number."""
-    count = iter(range(100))
-
-    def fragile(*arguments):
-        if next(count) == killed_at:
-            raise Killed
-        return step(*arguments)
-    return fragile
-
-
-@pytest.mark.parametrize("killed_at,save_every", [(0, 1), (3, 2), (5, 3), (6, 3), (6, 1), (7, 4), (9, 2), (12, 5), (13, 1)])
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path, monkeypatch, killed_at, save_every):
-    flags = ["--save-every", str(save_every), "--lr", "1e-3"]
-    metrics, protagonist = run(tmp_path / "whole", *flags)
-    adversary = read_run(tmp_path / "whole", "adversary")[1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
-        if killed_at == 13:                                        # not reached: killed while the players are saved
-            patch.setattr(train, "save_player", lambda folder, *rest: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            run(tmp_path / "killed", *flags)
-    train.main(["--out", str(tmp_path / "killed"), "--resume"])    # the options come from the run itself
-    again, resumed = read_run(tmp_path / "killed")
-    assert again == metrics and same(resumed, protagonist)
-    assert same(read_run(tmp_path / "killed", "adversary")[1], adversary)
-    assert same(read_run(tmp_path / "killed", "sft")[1], read_run(tmp_path / "whole", "sft")[1])
-
-
-def test_a_finished_run_is_left_alone(tmp_path, capsys):
-    run(tmp_path / "run")
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    train.main(["--out", str(tmp_path / "run"), "--resume"])
-    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").rglob("*")
-                      if path.is_file()}
-    assert "finished" in capsys.readouterr().out
-
-
-def test_resume_without_a_run_starts_one(tmp_path):
-    train.main([*QUICK, "--out", str(tmp_path / "new"), "--resume"])
-    assert (tmp_path / "new/protagonist/model.safetensors").exists()
-
-
-@pytest.mark.parametrize("damage,word", [
-    (lambda run: (run / "config.json").write_bytes(b""), "config.json"),
-    (lambda run: edit_json(run / "config.json", lr=None), "--lr"),
-    (lambda run: edit_json(run / "config.json", method="mine"), "--method"),
-    (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
-    (lambda run: edit_json(run / "config.json", n_iter=1), "step 14"),
-    (lambda run: (run / "checkpoint/state.pt").write_bytes((run / "checkpoint/state.pt").read_bytes()[:5000]), "state.pt"),
-    (lambda run: torch.save([1], run / "checkpoint/state.pt"), "state.pt"),
-    (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "metrics.jsonl")])
-def test_damaged_runs_are_not_resumed(damage, word, tmp_path, capsys):
-    run(tmp_path / "run")
-    (tmp_path / "run/protagonist").rename(tmp_path / "away")       # as if killed before the players were saved
-    damage(tmp_path / "run")
-    capsys.readouterr()
-    assert word in refused(train.main, ["--out", str(tmp_path / "run"), "--resume"], capsys)
-
-
-def test_a_run_killed_before_it_had_a_config_starts_again(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/config.json.partial").write_bytes(b"{")
-    run(tmp_path / "run", "--resume")
-
-
-def test_other_training_pairs_are_noticed(tmp_path, monkeypatch, capsys):
-    run(tmp_path / "run")
-    for player in ("protagonist", "adversary"):
-        (tmp_path / "run" / player).rename(tmp_path / player)      # as if killed before the players were saved
-    monkeypatch.setattr(train, "WORLD_PAIRS", 61)
-    assert "not those the run began with" in refused(train.main, ["--out", str(tmp_path / "run"), "--resume"], capsys)
-
-
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", iopo.LOSSES)
 def test_every_method_runs(method, tmp_path):
-    length = ["--rounds", "1"] if method == "iter_dpo" else ["--n-iter", "1"]
-    flags = ["--method", method, "--sft-steps", "2", *length, "--n-mu", "2", "--batch-size", "4", "--lr", "1e-3",
-             "--eval-prompts", "1", "--out", str(tmp_path / "run")] + (["--n-nu", "1"] if method == "iopo" else [])
-    train.main(flags)
+    flags = f"--method {method} --sft-steps 2 --n-iter 1 --n-mu 2 --batch-size 4 --lr 1e-3 " \
+            "--look-every 3 --eval-prompts 1" + " --n-nu 1" * (method == "iopo")
+    train.main([*flags.split(), "--out", str(tmp_path / "run")])
     metrics, protagonist = read_run(tmp_path / "run")
     assert not same(protagonist, read_run(tmp_path / "run", "sft")[1])
     assert (tmp_path / "run/adversary").exists() == (method == "iopo")
-    assert ("margin" in metrics[-1]) == (method != "sft") and ("ratio" in metrics[-1]) == (method == "iopo")
+    named = {"step", "iteration", "player", "loss", "chosen_logps", "grad_norm"}
+    assert metrics[0].keys() == named
+    if method != "sft":
+        named |= {"rejected_logps", "margin", "margin_std", "accuracy"}
+    if method == "iopo":
+        named |= {"ratio", "log_ratio", "log_ratio_max", "clipped", "guarded"}
+    assert metrics[-1].keys() - {"held_out_margin", "held_out_accuracy"} == named
+    assert metrics[2].keys() == named | {"held_out_margin", "held_out_accuracy"}
+
+
+def test_options_reach_the_players(tmp_path):
+    job = small_job(tmp_path, gradient_checkpointing=True, sft_lr=0.5, lr=0.25, seed=3,
+                    adversary="negated", micro_tokens=99)
+    for name, lr, sign in (("sft", 0.5, 1), ("protagonist", 0.25, 1), ("adversary", 0.25, -1)):
+        player = job.players[name]
+        assert player.model.gradient_checkpointing and player.sign == sign
+        group, = player.optimizer.param_groups
+        assert group["lr"] == lr and group["weight_decay"] == 0 and group["betas"] == (0.9, 0.999)
+        assert len(group["params"]) == len(list(player.model.parameters()))
+    mu, nu = job.players["protagonist"].model, job.players["adversary"].model
+    assert mu is not nu and mu is job.players["sft"].model
+    assert same(weights_of(mu), weights_of(nu))
+    assert not same(weights_of(mu), weights_of(small_job(tmp_path).players["protagonist"].model))
 
 
 def test_bfloat16_starts_at_margin_zero_too(tmp_path):
-    metrics, protagonist = run(tmp_path / "run", "--dtype", "bfloat16")
-    assert metrics[6]["margin"] == 0 and metrics[6]["ratio"] == 1 and metrics[6]["log_ratio_max"] == 0
+    metrics, protagonist = run(tmp_path / "run", "--dtype", "bfloat16", "--look-every", "7")
+    assert metrics[6]["margin"] == 0 and metrics[6]["ratio"] == 1
+    assert metrics[6]["log_ratio_max"] == 0 and metrics[6]["held_out_margin"] != 0
     assert all(tensor.dtype == torch.float32 for tensor in protagonist.values())
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(tmp_path / "run", "--lr", "1e30")
+        run(tmp_path / "run", "--lr", "1e18")
     assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
     assert not (tmp_path / "run/protagonist").exists()
 
 
+# Looks at held-out pairs
+
+LOOKS = ["--look-every", "3", "--lr", "1e-3", "--beta", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def looked(small_world, tmp_path_factory):
+    """A run of 6 steps of SFT and 2, 2, 2, 2 of its players, that looks at 9 and 12."""
+    out = tmp_path_factory.mktemp("looked") / "run"
+    run(out, *LOOKS)
+    return out
+
+
+def test_looks_are_margins_and_accuracies_of_the_held_out_pairs(looked, tmp_path, capsys):
+    """Of the protagonist against the start, in the rows of their steps, by plain rows of tokens."""
+    metrics, _ = read_run(looked)
+    fields = [{name for name in row if name.startswith("held_out")} for row in metrics]
+    assert [row["step"] for row in metrics] == [*range(1, 15)]     # one row a step
+    assert {k + 1 for k, names in enumerate(fields) if names} == {9, 12}
+    assert fields[8] == fields[11] == {"held_out_margin", "held_out_accuracy"}
+
+    run(tmp_path / "shorter", *LOOKS, "--n-iter", "1", "--n-nu", "1")      # ends at step 9
+    printed = capsys.readouterr().err                              # the bar
+    pairs = SafeWorld(0).pairs("validation", 40)                   # none of them trains
+    rows, _, _ = encode_pairs(pairs, SafeWorld.tokenizer(), 64)
+    for row, folder in ((metrics[8], tmp_path / "shorter/protagonist"),
+                        (metrics[11], looked / "protagonist")):
+        with torch.no_grad():
+            w, l = two_row_logps(Decoder.from_pretrained(folder), rows)
+            start_w, start_l = two_row_logps(Decoder.from_pretrained(looked / "sft"), rows)
+        margins = 0.2 * ((w - start_w) - (l - start_l))
+        assert row["held_out_margin"] == pytest.approx(margins.mean().item(), rel=1e-3, abs=1e-6)
+        assert row["held_out_accuracy"] == \
+            pytest.approx((margins > 0).float().mean().item(), abs=1.5 / 40)
+    assert 0 != metrics[8]["held_out_margin"] != metrics[11]["held_out_margin"]
+    assert "held out: margin {held_out_margin:.3f}, accuracy {held_out_accuracy:.3f}".format(
+        **metrics[8]) in printed
+
+
+def test_looking_changes_nothing_else(looked, tmp_path, no_table):
+    metrics, protagonist = run(tmp_path / "run", "--lr", "1e-3", "--beta", "0.2")
+    assert same(protagonist, read_run(looked)[1])
+    assert same(read_run(tmp_path / "run", "adversary")[1], read_run(looked, "adversary")[1])
+    assert metrics == [{name: value for name, value in row.items()
+                        if not name.startswith("held_out")} for row in read_run(looked)[0]]
+
+
+def test_a_look_of_ones_own(tmp_path):
+    """What reproduction/ does: at every second step, SFT's too, its dict goes into the row, and the
+    models it sees are those after the step."""
+    job, calls = small_job(tmp_path, n_iter=2, n_mu=2, n_nu=1, look_every=2), []
+
+    def look(seen, step, iteration, player):
+        assert seen is job and player in seen.players
+        calls.append((step, iteration, player, weights_of(job.players["protagonist"].model)))
+        return {"seen": step / 2} if step < 8 else {}
+    train.train(job, look)
+    assert [call[:3] for call in calls] == [
+        (2, 0, "sft"), (4, 0, "sft"), (6, 1, "protagonist"), (8, 2, "protagonist"),
+        (10, 2, "adversary")]
+    metrics, protagonist = read_run(tmp_path)
+    assert [row["step"] for row in metrics] == [*range(1, 11)]
+    assert {row["step"]: row["seen"] for row in metrics if "seen" in row} == {2: 1, 4: 2, 6: 3}
+    assert not any("held_out_margin" in row for row in metrics)
+    assert same(calls[1][3], read_run(tmp_path, "sft")[1])         # 4 ends SFT
+    assert same(calls[4][3], protagonist) and not same(calls[3][3], protagonist)
+
+
+def test_no_look_is_asked_for_where_there_are_none(tmp_path):
+    train.train(small_job(tmp_path, n_iter=1, n_mu=1, n_nu=1), look=None)
+    train.train(small_job(tmp_path / "2", n_iter=1, n_mu=1, n_nu=1), lambda *_: pytest.fail())
+    assert read_run(tmp_path)[0] == read_run(tmp_path / "2")[0]
+
+
+# Killed and resumed
+
+class Killed(Exception):
+    pass
+
+
+def dies_at(call, function):
+    """`function`, but for the call of that number."""
+    count = iter(range(100))
+
+    def fragile(*arguments):
+        if next(count) == call:
+            raise Killed
+        return function(*arguments)
+    return fragile
+
+
+@contextlib.contextmanager
+def killed(what, call):
+    """Dies in an optimiser step, within saving a player, or within writing a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        if what == "step":
+            patch.setattr(train, "optimizer_step", dies_at(call, train.optimizer_step))
+        if what == "player":                                       # its weights are written already
+            patch.setattr(Tokenizer, "save", dies_at(call, Tokenizer.save))
+        if what == "checkpoint":
+            whole, fragile = torch.save, dies_at(call, lambda *_: None)
+
+            def save(state, path):
+                path.write_bytes(b"half of it")
+                fragile()
+                whole(state, path)
+            patch.setattr(torch, "save", save)
+        yield
+
+
+@pytest.mark.parametrize("what,call,save_every", [
+    ("step", 0, 1), ("step", 3, 2), ("step", 5, 3),                # within SFT
+    ("step", 6, 3), ("step", 6, 4), ("step", 7, 6),                # where it ends, and just after
+    ("step", 8, 1), ("step", 9, 2), ("step", 13, 5), ("step", 13, 0),
+    ("player", 0, 1), ("player", 1, 0), ("player", 2, 5),          # sft, protagonist, adversary
+    ("checkpoint", 0, 4), ("checkpoint", 2, 3)])
+def test_a_killed_run_ends_as_one_that_was_not(
+        looked, tmp_path, no_table, what, call, save_every):
+    """With its looks, and whenever its last checkpoint was."""
+    with killed(what, call):
+        run(tmp_path / "run", *LOOKS, "--save-every", str(save_every))
+    train.main(["--out", str(tmp_path / "run"), "--resume"])       # its options are in the folder
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+    for name in ("sft", "protagonist", "adversary"):
+        assert same(read_run(tmp_path / "run", name)[1], read_run(looked, name)[1])
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_a_resumed_run_makes_only_the_steps_left(tmp_path, monkeypatch, no_table):
+    with killed("step", 9):
+        run(tmp_path / "run", "--save-every", "4")
+    made, original = [], train.optimizer_step
+    monkeypatch.setattr(train, "optimizer_step", lambda *a: made.append(a) or original(*a))
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert len(made) == 14 - 8
+
+
+def test_ctrl_c_says_how_to_go_on(looked, tmp_path, capsys, monkeypatch, no_table):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train, "log", interrupted)
+        run(tmp_path / "run", *LOOKS)
+    assert stop.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("stopped; ") and "Traceback" not in last
+    command = re.search(r"python train\.py (.*)$", last)[1]
+    train.main(command.split())
+    assert same(read_run(tmp_path / "run")[1], read_run(looked)[1])
+
+
+def test_a_finished_run_is_left_alone(looked, capsys):
+    before = contents(looked)
+    train.main(["--out", str(looked), "--resume"])
+    assert contents(looked) == before
+    assert "finished" in capsys.readouterr().out
+
+
+def test_resume_without_a_run_starts_one(looked, tmp_path, no_table):
+    assert same(run(tmp_path / "new", *LOOKS, "--resume")[1], read_run(looked)[1])
+
+
+def test_a_run_killed_before_it_had_a_config_starts_again(tmp_path, no_table):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json.partial").write_bytes(b"{")
+    run(tmp_path / "run", "--resume")
+
+
+@pytest.fixture
+def unfinished(looked, tmp_path):
+    """A copy of the run as if it was killed before its players were saved."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoint").mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoint/state.pt"):
+        (out / name).write_bytes((looked / name).read_bytes())
+    return out
+
+
+def test_a_run_is_resumed_by_the_options_it_has(unfinished, looked, capsys, no_table):
+    command = ["--out", str(unfinished), "--resume"]
+    assert "--lr 0.5 differs" in refused(train.main, [*command, "--lr", "0.5"], capsys)
+    assert "--look-every" in refused(train.main, [*command, "--look-every", "2"], capsys)
+    train.main([*command, "--lr", "1e-3"])
+    assert same(read_run(unfinished)[1], read_run(looked)[1])
+
+
+def cut(path, count):
+    path.write_bytes(path.read_bytes()[:count])
+
+
+DAMAGES = {
+    "an empty config": (lambda run: (run / "config.json").write_bytes(b""), "config.json"),
+    "no config": (lambda run: (run / "config.json").unlink(), "config.json"),
+    "half a config": (lambda run: cut(run / "config.json", 100), "config.json"),
+    "another config": (lambda run: (run / "config.json").write_text("[[]]"), "config.json"),
+    "a list of names": (lambda run: (run / "config.json").write_text('["lr"]'), "config.json"),
+    "a value of no type": (lambda run: edit_json(run / "config.json", lr=None), "config.json"),
+    "no such method": (lambda run: edit_json(run / "config.json", method="mine"), "--method"),
+    "a wrong type": (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
+    "a truth for a number": (lambda run: edit_json(run / "config.json", n_mu=True), "--n-mu"),
+    "out of range": (lambda run: edit_json(run / "config.json", eps=2), "--eps"),
+    "a shorter run": (lambda run: edit_json(run / "config.json", n_iter=1), "step 14"),
+    "half a checkpoint": (lambda run: cut(run / "checkpoint/state.pt", 5000), "state.pt"),
+    "another checkpoint": (lambda run: torch.save([1], run / "checkpoint/state.pt"), "state.pt"),
+    "a checkpoint of another model": (lambda run: torch.save(
+        {**torch.load(run / "checkpoint/state.pt"), "players": {}}, run / "checkpoint/state.pt"),
+        "state.pt"),
+    "metrics too short": (lambda run: cut(run / "metrics.jsonl", 900), "metrics.jsonl"),
+    "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl")}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_runs_are_not_resumed(name, unfinished, capsys, no_table):
+    damage, word = DAMAGES[name]
+    damage(unfinished)
+    before = contents(unfinished)
+    assert word in refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
+    assert contents(unfinished) == before
+
+
+OLDER = {"of the last version": {"rounds": 0, "candidates": 5, "keep": 1.0, "held_out": ...,
+                                 "look_every": ...},
+         "with rounds": {"rounds": 3, "candidates": 5, "keep": 0.2},
+         "before looks": {"held_out": ..., "look_every": ...}}
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_runs_of_earlier_versions_are_refused(name, unfinished, capsys):
+    """In one sentence that names the options (...: taken away) and says what to do."""
+    config = {**json.loads((unfinished / "config.json").read_text()), **OLDER[name]}
+    (unfinished / "config.json").write_text(json.dumps(
+        {key: value for key, value in config.items() if value is not ...}))
+    before = contents(unfinished)
+    said = refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
+    assert "another version" in said and ", ".join(sorted(OLDER[name])) in said
+    assert contents(unfinished) == before
+
+
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_other_pairs_are_noticed(split, unfinished, monkeypatch, capsys):
+    """Those that train, and those that are looked at."""
+    pairs = SafeWorld.pairs
+    monkeypatch.setattr(SafeWorld, "pairs", lambda world, name, n: pairs(world, name, n)[
+        ::-1 if name == split else 1])
+    said = refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
+    assert "not those the run began with" in said
+
+
 def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
-    """A run that starts from another run's SFT model is the run that trained it itself, bit for bit."""
-    flags = ["--method", "dpo", "--n-iter", "1", "--n-mu", "3", "--batch-size", "8", "--eval-prompts", "2", "--lr", "1e-3"]
-    train.main([*flags, "--sft-steps", "6", "--out", str(tmp_path / "whole")])
-    train.main([*flags, "--model", str(tmp_path / "whole/sft"), "--out", str(tmp_path / "on")])
+    """A run from another run's SFT model is the run that trained it itself, bit for bit."""
+    flags = "--method dpo --n-iter 1 --n-mu 3 --batch-size 8 --eval-prompts 1 --lr 1e-3 " \
+            "--look-every 3"
+    train.main([*flags.split(), "--sft-steps", "6", "--out", str(tmp_path / "whole")])
+    train.main([*flags.split(), "--model", str(tmp_path / "whole/sft"),
+                "--out", str(tmp_path / "on")])
     assert same(read_run(tmp_path / "on")[1], read_run(tmp_path / "whole")[1])
+    rest = [{**row, "step": row["step"] + 6} for row in read_run(tmp_path / "on")[0]]
+    assert rest == read_run(tmp_path / "whole")[0][6:] and "held_out_margin" in rest[-1]
     assert "the safe world, held-out prompts" in capsys.readouterr().out
+    assert not (tmp_path / "on/sft").exists()
     (tmp_path / "whole/sft").rename(tmp_path / "gone")
     assert "--sft" in refused(examination.main, [str(tmp_path / "on")], capsys)
     stranger = model_folder(tmp_path / "stranger")
-    edit_json(stranger / "tokenizer.json", post_processor=None)       # another one: no BOS
+    edit_json(stranger / "tokenizer.json", post_processor=None)    # another one: no BOS
     assert "--data" in refused(train.main, ["--model", str(stranger)], capsys)
-
-
-# Rounds of new pairs
-
-ROUNDS = ["--method", "iter_dpo", "--sft-steps", "40", "--rounds", "2", "--n-mu", "3", "--candidates", "3", "--batch-size", "8",
-          "--lr", "1e-3", "--eval-prompts", "0"]
-
-
-def test_every_round_starts_at_the_policy_it_samples_from(tmp_path, capsys):
-    train.main([*ROUNDS, "--out", str(tmp_path / "run")])
-    metrics, _ = read_run(tmp_path / "run")
-    rounds = [m for m in metrics if m["player"] == "protagonist"]
-    assert [m["iteration"] for m in rounds] == [1, 1, 1, 2, 2, 2]
-    assert [m["margin"] == 0 for m in rounds] == [True, False, False] * 2      # ENV is the policy as the round begins
-    assert rounds[3]["loss"] == pytest.approx(math.log(2))
-    printed = "".join(capsys.readouterr())
-    assert "round 1: 240 prompts, 3 answers each" in printed and "round 2: 240 prompts" in printed
-
-
-@pytest.mark.parametrize("killed_at,save_every", [(42, 1), (43, 1), (44, 1), (45, 7)])
-def test_a_killed_round_goes_on_with_the_same_pairs(killed_at, save_every, tmp_path, monkeypatch):
-    """Killed inside a round, at its end, inside the next: the policy of the round's beginning samples them again."""
-    flags = [*ROUNDS, "--save-every", str(save_every)]
-    train.main([*flags, "--out", str(tmp_path / "whole")])
-    metrics, protagonist = read_run(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", killed_in(train.optimizer_step, killed_at))
-        with pytest.raises(Killed):
-            train.main([*flags, "--out", str(tmp_path / "killed")])
-    train.main(["--out", str(tmp_path / "killed"), "--resume"])
-    again, resumed = read_run(tmp_path / "killed")
-    assert again == metrics and same(resumed, protagonist)
-
-
-def test_the_judge_picks_best_and_worst_and_the_widest_gaps(monkeypatch):
-    world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
-    prompts = world.prompts("train")
-    said = ["Use a screwdriver.", "Use a screwdriver. Take your time. Work slowly. Rest when you are tired.", "Find out yourself."]
-
-    def scripted(policy, ids, room, temperature, eos, generator):
-        """The first 60 prompts get three answers, the others three times the same."""
-        out = []
-        for row in range(len(ids)):
-            number, which = divmod(scripted.seen, 3)
-            text = said[which] if number < 60 else said[0]
-            out.append([7] * room if number == 0 and which == 0 else tokenizer.backend.encode(text, add_special_tokens=False).ids)
-            scripted.seen += 1
-        return out
-
-    scripted.seen = 0
-    monkeypatch.setattr(train, "generate", scripted)
-    config = train.make_config({"method": "iter_dpo", "candidates": 3, "keep": 0.5})
-    rows, report = train.sample_pairs(tiny_model(), tokenizer, config, 1)
-    judged = {prompt: sorted((world.true_reward(prompt, text) + 0.15 * len(text.split()), text) for text in said)
-              for prompt in prompts[:60]}
-    gaps = {prompt: scores[-1][0] - scores[0][0] for prompt, scores in judged.items()}
-    gaps[prompts[0]] = abs(np.subtract(*[score for score, text in judged[prompts[0]] if text != said[0]]))
-    got = {tokenizer.decode(prompt): (tokenizer.decode(chosen), tokenizer.decode(rejected)) for prompt, chosen, rejected in rows}
-    assert len(got) == 30 and "1 answers without an end, 180 prompts without a preference, 30 pairs of narrow gap" in report
-    assert min(gaps[prompt] for prompt in got) >= max(gaps[prompt] for prompt in prompts[:60] if prompt not in got)
-    for prompt, (chosen, rejected) in got.items():
-        if prompt != prompts[0]:
-            assert (chosen, rejected) == (judged[prompt][-1][1], judged[prompt][0][1])
-
-
-def test_rounds_on_a_policy_that_says_one_thing_stop(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "generate", lambda policy, ids, *rest: [[7, 8]] * len(ids))
-    assert "prefers no answer" in refused(train.main, [*ROUNDS, "--out", str(tmp_path / "run")], capsys)
 
 
 # The command line
 
 def refused(main, arguments, capsys):
     """The one sentence on stderr of a command that must end with exit code 2."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err
@@ -2021,93 +2845,193 @@ def refused(main, arguments, capsys):
 
 
 @pytest.mark.parametrize("flags,word", [
-    ("--nonsense 3", "--nonsense"), ("--method mine", "mine"), ("--beta x", "--beta"), ("--beta 0", "--beta"),
-    ("--beta nan", "--beta"), ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--eps 0", "--eps"), ("--eps 1", "--eps"),
-    ("--n-iter -1", "--n-iter"), ("--n-mu 1.5", "--n-mu"), ("--batch-size 0", "--batch-size"), ("--seed -1", "--seed"),
-    ("--max-length 1", "--max-length"), ("--max-length 500", "--max-length"), ("--device abacus", "abacus"),
-    ("--data x.jsonl", "--model"), ("--model x", "x"), ("--n", "--n"), ("--resume", "--out"), ("extra", "extra"),
-    ("--method dpo --eps 0.2", "--eps"), ("--method dpo --n-nu 3", "--n-nu"), ("--method dpo --adversary same", "--adversary"),
-    ("--method sft --beta 0.2", "--beta"), ("--method kto_pair --micro-tokens 9", "--micro-tokens"),
-    ("--alpha 0.1", "--alpha"), ("--ratio one --eps 0.2", "--eps"), ("--clip none --eps 0.2", "--eps"),
-    ("--n-nu 0 --adversary same", "--adversary"), ("--n-iter 0 --lr 0.1", "--lr"), ("--n-mu 0 --n-nu 0 --beta 0.2", "--beta"),
-    ("--device meta", "meta"), ("--seed 99999999999999999999", "--seed"), ("--rounds 2", "--rounds"), ("--method dpo --rounds 2", "--rounds"),
-    ("--method aipo --keep 0.5", "--keep"), ("--method aipo --candidates 4", "--candidates"), ("--method iter_dpo --keep 0", "--keep"),
-    ("--method iter_dpo --keep 1.1", "--keep"), ("--method iter_dpo --candidates 1", "--candidates"), ("--method iter_dpo --n-iter 3", "--n-iter"),
-    ("--leave-out x", "--leave-out"), ("--method iter_dpo --rounds 0", "--method dpo"), ("--method iter_dpo --max-length 14", "--max-length"), ("--method iter_dpo --rounds 2 --model x --data y.json", "judge"), ("--sft-steps 0 --sft-lr 0.1", "--sft-lr"), ("--dtype float16", "--dtype")])
+    ("--nonsense 3", "--nonsense"), ("--n 3", "--n"), ("extra", "extra"), ("--resume", "--out"),
+    ("--method mine", "mine"), ("--method iter_dpo", "iter_dpo"), ("--rounds 2", "--rounds"),
+    ("--dtype float16", "--dtype"), ("--beta x", "--beta"), ("--beta 0", "--beta"),
+    ("--beta nan", "--beta"), ("--lr inf", "--lr"), ("--lr -1", "--lr"), ("--sft-lr 0", "--sft-lr"),
+    ("--eps 0", "--eps"), ("--eps 1", "--eps"), ("--n-iter -1", "--n-iter"),
+    ("--n-mu 1.5", "--n-mu"), ("--batch-size 0", "--batch-size"),
+    ("--micro-tokens 0", "--micro-tokens"), ("--seed -1", "--seed"),
+    ("--seed 99999999999999999999", "--seed"), ("--max-length 1", "--max-length"),
+    ("--max-length 500", "--max-length"), ("--look-every -1", "--look-every"),
+    ("--save-every -1", "--save-every"), ("--eval-prompts -1", "--eval-prompts"),
+    ("--device abacus", "abacus"), ("--device meta", "meta"),
+    ("--data x.jsonl", "--model"), ("--model x/y/z", "x/y/z"), ("--leave-out x", "--leave-out"),
+    ("--held-out x.jsonl", "--held-out needs --data")])
 def test_flags_that_are_refused(flags, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert word in refused(train.main, flags.split(), capsys)
     assert not list(tmp_path.iterdir())                            # nothing written
 
 
-def test_folders_that_are_refused(tmp_path, capsys):
+READ = {"iopo": "beta eps clip ratio adversary n_nu micro_tokens", "dpo": "beta micro_tokens",
+        "hinge": "beta micro_tokens", "ipo": "beta micro_tokens", "kto_pair": "beta",
+        "sft": "micro_tokens", "aipo": "beta alpha lam micro_tokens"}
+
+
+@pytest.mark.parametrize("method", iopo.LOSSES)
+def test_an_option_is_refused_where_the_method_never_reads_it(method):
+    """Even with its default: who gives it expects something of it."""
+    for name in {name for names in READ.values() for name in names.split()}:
+        value = getattr(train.Config, name)
+        if name in READ[method].split():
+            assert getattr(train.make_config({"method": method, name: value}), name) == value
+        else:
+            flag = "--" + name.replace("_", "-")
+            with pytest.raises(train.Refused, match=f"^{flag} .*--method {method}"):
+                train.make_config({"method": method, name: value})
+
+
+def test_the_refusal_of_an_unread_option_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(train.main, "--method dpo --eps 0.2".split(), capsys)
+    assert said.startswith("train.py: --eps ") and "dpo" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags,words", [
+    ("--ratio one --eps 0.2", ["--eps", "--ratio one"]),
+    ("--ratio one --clip none", ["--clip", "--ratio one"]),
+    ("--clip none --eps 0.2", ["--eps", "--clip none"]),
+    ("--n-nu 0 --adversary same", ["--adversary", "--n-nu 0"]),
+    ("--sft-steps 0 --sft-lr 0.1", ["--sft-lr", "--sft-steps 0"]),
+    ("--n-iter 0 --lr 0.1", ["--lr", "--n-iter 0"]),
+    ("--ratio one --eps 0.2 --n-nu 0 --adversary negated", ["--eps", "--adversary"]),
+    ("--eps 0.2 --clip two_sided --adversary same --sft-lr 0.1 --lr 0.1", None)])
+def test_an_option_that_another_idles_is_named_and_the_run_goes_on(
+        flags, words, tmp_path, capsys, monkeypatch):
+    went_on = []
+    monkeypatch.setattr(train, "train", went_on.append)
+    monkeypatch.setattr(examination, "main", went_on.append)
+    train.main([*flags.split(), "--out", str(tmp_path / "run")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert len(went_on) == 2 and (tmp_path / "run/config.json").exists()
+    assert len(lines) == bool(words) and all(word in lines[0] for word in words or [])
+
+
+def test_folders_that_are_refused(looked, tmp_path, capsys):
     (tmp_path / "note.txt").write_text("mine")
-    assert "not empty" in refused(train.main, [*QUICK, "--out", str(tmp_path)], capsys)
-    assert "config.json" in refused(train.main, [*QUICK, "--out", str(tmp_path), "--resume"], capsys)
+    said = refused(train.main, [*QUICK, "--out", str(tmp_path)], capsys)
+    assert "not empty" in said and "--resume" in said
+    assert "config.json" in refused(train.main, ["--out", str(tmp_path), "--resume"], capsys)
+    assert "note.txt" in refused(train.main, ["--out", str(tmp_path / "note.txt")], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
-    run(tmp_path / "run")
-    capsys.readouterr()
-    assert "--lr" in refused(train.main, ["--out", str(tmp_path / "run"), "--resume", "--lr", "0.5"], capsys)
-    assert "nothing" in refused(examination.main, [str(tmp_path / "nothing")], capsys)
-    assert "--prompts" in refused(examination.main, [str(tmp_path / "run"), "--prompts", "-1"], capsys)
-    assert "missing.jsonl" in refused(examination.main, [str(tmp_path / "run"), "--data", "missing.jsonl"], capsys)
-    (tmp_path / "run/protagonist").rename(tmp_path / "away")
-    assert "not finished" in refused(examination.main, [str(tmp_path / "run")], capsys)
+    before = contents(looked)
+    assert "not empty" in refused(train.main, [*QUICK, "--out", str(looked)], capsys)
+    assert contents(looked) == before
 
 
-def model_folder(path, **changes):
-    """A random checkpoint with the safe world's tokenizer, as a user's model would lie on disk."""
-    tokenizer = SafeWorld.tokenizer()
-    tiny_model(vocab_size=tokenizer.largest_id + 1, eos_token_id=tokenizer.eos_id, max_position_embeddings=128,
-               **changes).save_pretrained(path)
-    tokenizer.save(path)
-    return path
+def test_runs_without_a_folder_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        train.main("--method dpo --sft-steps 1 --n-iter 0 --eval-prompts 0".split())
+        config = json.loads((tmp_path / f"runs/dpo-{number}/config.json").read_text())
+        assert config["out"] == f"runs/dpo-{number}"
+        assert (tmp_path / f"runs/dpo-{number}/protagonist").is_dir()
+
+
+# Own models and data
+
+def world_file(path, n, split="train"):
+    """Pairs of the safe world as a user's file, of three sources."""
+    return write_rows(path, [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+         "source": f"s{k % 3}"} for k, pair in enumerate(SafeWorld().pairs(split, n))])
 
 
 def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    good, bad = {"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": 1}
     model_folder(tmp_path / "model")
-    (tmp_path / "same.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "a"}\n')
-    (tmp_path / "good.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": 1}\n')
-    (tmp_path / "talk.jsonl").write_text(json.dumps({"chosen": TALK + [turn("assistant", "x")],
-                                                     "rejected": TALK + [turn("assistant", "y")]}))
+    write_rows(tmp_path / "same.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])
+    write_rows(tmp_path / "good.jsonl", [good])
+    write_rows(tmp_path / "bad.jsonl", [good, bad])
+    asked = [turn("user", "Hi")]
+    write_rows(tmp_path / "talk.jsonl", [{"chosen": asked + [turn("assistant", "x")],
+                                          "rejected": asked + [turn("assistant", "y")]}])
     (tmp_path / "empty").mkdir()
-    edit_json(model_folder(tmp_path / "stop") / "generation_config.json", eos_token_id=[1, 99999])
-    edit_json(model_folder(tmp_path / "less") / "generation_config.json", eos_token_id=-1)
-    (tmp_path / "holes").mkdir()
-    (tmp_path / "holes/train.jsonl").write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p"}\n')
+    for name, stop in (("stop", [1, 99999]), ("less", -1)):
+        edit_json(model_folder(tmp_path / name) / "generation_config.json", eos_token_id=stop)
     small = model_folder(tmp_path / "small")
     Decoder(tiny_config(vocab_size=20)).save_pretrained(small)
-    before = sorted(tmp_path.rglob("*"))
-    for model, file, words in (("model", "bad.jsonl", "bad.jsonl, line 2: has no rejected"), ("model", "gone.json", "gone.json"),
-                               ("model", "same.jsonl", "same.jsonl: no usable pair is left"), ("model", "talk.jsonl", "talk.jsonl, line 1: the data are chat messages"),
-                               ("empty", "good.jsonl", "empty"), ("gone", "good.jsonl", "gone"),
-                               ("small", "good.jsonl", "the embeddings have only 20 rows"),
-                               ("stop", "good.jsonl", "eos_token_id is 99999, but"), ("less", "good.jsonl", "eos_token_id is -1, but"),
-                               ("model", "holes", "train.jsonl, line 2: has no chosen")):
-        assert words in refused(train.main, ["--model", model, "--data", file], capsys)
-    assert "0 of 1 rows have a source with 'toxic'" in refused(train.main, ["--model", "model", "--data", "good.jsonl", "--leave-out", "toxic"], capsys)
+    before = contents(tmp_path)
+    for flags, words in (
+            ("--model model --data bad.jsonl", "bad.jsonl, line 2: has no rejected"),
+            ("--model model --data gone.json", "gone.json"),
+            ("--model model --data same.jsonl", "same.jsonl: no usable pair is left"),
+            ("--model model --data talk.jsonl", "talk.jsonl, line 1: the data are chat messages"),
+            ("--model empty --data good.jsonl", "empty"),
+            ("--model ./gone --data good.jsonl", "gone"),
+            ("--model small --data good.jsonl", "the embeddings have only 20 rows"),
+            ("--model stop --data good.jsonl", "99999"),
+            ("--model less --data good.jsonl", "eos_token_id"),
+            ("--model model --data good.jsonl --max-length 129", "model's 128 positions"),
+            ("--model model --data good.jsonl --held-out bad.jsonl", "bad.jsonl, line 2"),
+            ("--model model --data good.jsonl --held-out gone.jsonl", "gone.jsonl"),
+            ("--model model --data good.jsonl --look-every 1", "--look-every has no held-out"),
+            ("--model model --data good.jsonl --held-out same.jsonl --look-every 1",
+             "--look-every has no held-out"),
+            ("--model model --data good.jsonl --leave-out toxic", "'toxic'")):
+        assert words in refused(train.main, flags.split(), capsys), flags
     (tmp_path / "model/tokenizer.json").write_text("{}")
-    assert "tokenizer.json" in refused(train.main, ["--model", "model", "--data", "good.jsonl"], capsys)
-    assert sorted(tmp_path.rglob("*")) == before
+    before[tmp_path / "model/tokenizer.json"] = contents(tmp_path)[
+        tmp_path / "model/tokenizer.json"]
+    command = "--model model --data good.jsonl".split()
+    assert "tokenizer.json" in refused(train.main, command, capsys)
+    assert contents(tmp_path) == before
+
+
+def test_held_out_pairs_of_a_file(tmp_path, capsys):
+    """With --held-out every row of --data trains; a number of pairs is looked at."""
+    folder = model_folder(tmp_path / "model")
+    file, other = world_file(tmp_path / "a.jsonl", 60), world_file(tmp_path / "b.jsonl", 50)
+    options = {"model": str(folder), "data": str(file), "look_every": 2, "lr": 1e-3, "beta": 0.3,
+               "n_iter": 1, "n_mu": 2, "n_nu": 0, "eval_prompts": 0}
+    held_out, out = {"held_out": str(other)}, tmp_path / "run"
+    train.main([*flags_of(options | held_out), "--out", str(out)])
+    printed = capsys.readouterr().out
+    assert f"{file} trains, {other} is held out" in printed and "60 of 60 pairs kept" in printed
+    assert "held out: 50 of 50 pairs kept" in printed
+    assert f"examined on the held-out pairs of {other}" in printed
+    tokenizer = SafeWorld.tokenizer()
+    rows, others = (encode_pairs(load_pairs(path), tokenizer, 128)[0] for path in (file, other))
+    job = train.prepare(train.make_config(options | held_out))
+    assert job.players["protagonist"].rows == rows and job.held_out == others[:40]
+    with torch.no_grad():
+        (w, l), (start_w, start_l) = (two_row_logps(Decoder.from_pretrained(path), others[:40])
+                                      for path in (out / "protagonist", folder))
+    margins = 0.3 * ((w - start_w) - (l - start_l))
+    assert read_run(out)[0][1]["held_out_margin"] == pytest.approx(margins.mean().item(), rel=1e-3)
+
+    assert LOOKED_AT == 200                                        # 40 in this small world
+
+    training, tests, _ = load_data(file)                           # without: one in twenty
+    job = train.prepare(train.make_config(options))
+    assert job.players["protagonist"].rows == encode_pairs(training, tokenizer, 128)[0]
+    assert job.held_out == encode_pairs(tests, tokenizer, 128)[0] != []
+
+
+def flags_of(options):
+    return [part for name, value in options.items()
+            for part in ("--" + name.replace("_", "-"), str(value))]
 
 
 @pytest.mark.parametrize("family", ("qwen3", "baichuan"))
 def test_a_run_of_another_family_is_saved_as_it_came(family, tmp_path, capsys):
-    """With rows of a source left out, in training and in the examination, and code and files carried along."""
+    """With a source left out, in training and the examination, and code and files carried along."""
     folder = model_folder(tmp_path / "model", model_type=family, num_key_value_heads=4)
     (folder / "modeling_own.py").write_text("pass")
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "source": f"s{k % 3}"}
-            for k, pair in enumerate(SafeWorld().pairs("train", 120))]
-    write_rows(tmp_path / "pairs.jsonl", rows)
-    train.main(["--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"), "--leave-out", "s1", "--n-iter", "1", "--n-mu", "1",
-                "--n-nu", "1", "--lr", "1e-3", "--eval-prompts", "1", "--out", str(tmp_path / "run")])
+    file = world_file(tmp_path / "pairs.jsonl", 120)
+    train.main([*flags_of(dict(model=folder, data=file, leave_out="s1", n_iter=1, n_mu=1, n_nu=1,
+                               lr=1e-3, eval_prompts=1)), "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    kept = [pair for pair in load_pairs(tmp_path / "pairs.jsonl") if pair.source != "s1"]
-    assert "left out 40 rows of source s1" in out and f"{sum(not pair.held_out for pair in kept)} pairs kept" in out
-    assert f"examined on the held-out pairs of {tmp_path / 'pairs.jsonl'}" in out and out.count("one prompt in twenty") == 2
-    assert f"{sum(pair.held_out for pair in kept)} of {sum(pair.held_out for pair in kept)} pairs kept" in out
+    training, tests, _ = load_data(file, leave_out="s1")
+    assert not any(pair.source == "s1" for pair in training + tests)
+    assert len(training) + len(tests) == 80 and out.count("left out 40 rows of source s1") == 2
+    for kept in (len(training), len(tests)):
+        assert f"{kept} of {kept} pairs kept" in out
+    assert f"examined on the held-out pairs of {file}" in out
+    assert out.count("one prompt in twenty") == 2
     player = tmp_path / "run/protagonist"
     assert {path.name for path in player.iterdir()} == {path.name for path in folder.iterdir()}
     assert (player / "config.json").read_text() == (folder / "config.json").read_text()
@@ -2116,450 +3040,616 @@ def test_a_run_of_another_family_is_saved_as_it_came(family, tmp_path, capsys):
 
 
 def test_a_finished_run_loads_in_transformers(tmp_path):
-    """Chat data, a model in shards of its own dtype: the same logits, the same tokens of a chat."""
+    """Chat data, a model of its own dtype: the same logits, the same tokens of a chat."""
     transformers = pytest.importorskip("transformers")
     folder = model_folder(tmp_path / "model", model_type="qwen2", tie_word_embeddings=True)
     (folder / "chat_template.jinja").write_text(CHATML)
     Decoder.from_pretrained(folder).to(torch.bfloat16).save_pretrained(folder)
-    rows = [{"chosen": [turn("user", pair.prompt), turn("assistant", pair.chosen)],
-             "rejected": [turn("user", pair.prompt), turn("assistant", pair.rejected)]} for pair in SafeWorld().pairs("train", 60)]
-    write_rows(tmp_path / "talks.jsonl", rows)
-    train.main(["--model", str(folder), "--data", str(tmp_path / "talks.jsonl"), "--n-iter", "1", "--n-mu", "1", "--n-nu", "1",
-                "--lr", "1e-3", "--eval-prompts", "1", "--out", str(tmp_path / "run")])
+    rows = [{name: [turn("user", pair.prompt), turn("assistant", getattr(pair, name))]
+             for name in ("chosen", "rejected")} for pair in SafeWorld().pairs("train", 60)]
+    file, out = write_rows(tmp_path / "talks.jsonl", rows), tmp_path / "run"
+    train.main([*flags_of(dict(model=folder, data=file, n_iter=1, n_mu=1, n_nu=1, lr=1e-3,
+                               eval_prompts=1)), "--out", str(out)])
+    pair = load_pairs(file)[0]
     for player in ("protagonist", "adversary"):
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / player)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / player)
-        assert theirs.dtype == torch.float32                       # a step of training would be lost in bfloat16
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(out / player)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(out / player)
+        assert theirs.dtype == torch.float32                       # bfloat16 would lose a step
         ids = tokenizer.apply_chat_template(rows[0]["chosen"], return_tensors="pt")["input_ids"]
-        prompt, chosen, _ = Tokenizer.from_pretrained(tmp_path / "run" / player).encode_pair(load_pairs(tmp_path / "talks.jsonl")[0])
-        assert (prompt + chosen)[:-1] == ids[0].tolist()           # the template writes no eos: ours comes after its end
-        ours = Decoder.from_pretrained(tmp_path / "run" / player)
+        prompt, chosen, _ = Tokenizer.from_pretrained(out / player).encode_pair(pair)
+        assert (prompt + chosen)[:-1] == ids[0].tolist()           # the template writes no eos
+        ours = Decoder.from_pretrained(out / player)
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
 def test_own_model_and_data(tmp_path, capsys):
-    """The loop on files: a random checkpoint, text rows, no SFT, margins on the held-out split and on another file."""
-    model_folder(tmp_path / "model", tie_word_embeddings=True)
-    with (tmp_path / "pairs.jsonl").open("w") as file:
-        for pair in SafeWorld().pairs("train", 80):
-            file.write(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}) + "\n")
-    out = tmp_path / "run"
-    train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "pairs.jsonl"), "--n-iter", "1", "--n-mu", "2",
-                "--n-nu", "2", "--lr", "1e-3", "--eval-prompts", "1", "--out", str(out)])
-    assert not (out / "sft").exists() and json.loads((out / "config.json").read_text())["max_length"] == 128
-    assert (out / "protagonist/tokenizer.json").read_bytes() == (tmp_path / "model/tokenizer.json").read_bytes()
+    """A random checkpoint, text rows, no SFT; margins by the examination and by plain rows."""
+    folder = model_folder(tmp_path / "model", tie_word_embeddings=True)
+    file, out = world_file(tmp_path / "pairs.jsonl", 80), tmp_path / "run"
+    train.main([*flags_of(dict(model=folder, data=file, n_iter=1, n_mu=2, n_nu=2, lr=1e-3,
+                               eval_prompts=0)), "--out", str(out)])
+    config = json.loads((out / "config.json").read_text())
+    assert not (out / "sft").exists() and config["max_length"] == 128
+    assert config["sft_steps"] == 0
+    assert (out / "protagonist/tokenizer.json").read_bytes() == \
+        (folder / "tokenizer.json").read_bytes()
     capsys.readouterr()
-    examination.main([str(out), "--data", str(tmp_path / "pairs.jsonl"), "--json", "--prompts", "1"])
+    examination.main([str(out), "--data", str(file), "--json", "--prompts", "1"])
     report, = json.loads(capsys.readouterr().out)["runs"]
     assert report["win"] is None and report["accuracy"] is not None
 
-    rows, _, _ = encode_pairs(load_pairs(tmp_path / "pairs.jsonl"), SafeWorld.tokenizer(), 128)
-    columns = {}
-    for name, folder in (("start", tmp_path / "model"), ("mu", out / "protagonist"), ("nu", out / "adversary")):
-        with torch.no_grad():
-            columns[name] = two_row_logps(Decoder.from_pretrained(folder), rows)
-    for key, reference in (("margin_vs_sft", "start"), ("margin_vs_env", "nu")):
-        (w, l), (ref_w, ref_l) = columns["mu"], columns[reference]
+    rows, _, _ = encode_pairs(load_pairs(file), SafeWorld.tokenizer(), 128)
+    with torch.no_grad():
+        (w, l), start, nu = (two_row_logps(Decoder.from_pretrained(path), rows)
+                             for path in (out / "protagonist", folder, out / "adversary"))
+    for key, (ref_w, ref_l) in (("margin_vs_sft", start), ("margin_vs_env", nu)):
         margin = 0.1 * ((w - ref_w) - (l - ref_l))
         assert report[key] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-6)
         assert report[key + "_std"] == pytest.approx(margin.std(correction=0).item(), rel=1e-3)
-        if reference == "start":
-            assert report["accuracy"] == pytest.approx((margin > 0).float().mean().item(), abs=1.5 / 80)
+    accuracy = ((w - start[0]) > (l - start[1])).float().mean().item()
+    assert report["accuracy"] == pytest.approx(accuracy, abs=1.5 / 80)
+
+
+def test_from_the_shell(tmp_path):
+    """The real thing once: exit codes, a bar on stderr, the closing table on stdout."""
+    def shell(*arguments):
+        return subprocess.run([sys.executable, HERE / "train.py", *arguments], text=True,
+                              capture_output=True, cwd=tmp_path,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    bad = shell("--eps", "2")
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+    assert "--eps" in bad.stderr
+    folder, file = model_folder(tmp_path / "model"), world_file(tmp_path / "pairs.jsonl", 60)
+    good = shell(*flags_of(dict(model=folder, data=file, n_iter=1, n_mu=1, n_nu=1, batch_size=4,
+                                eval_prompts=1)))
+    assert good.returncode == 0, good.stderr
+    assert "adversary 1" in good.stderr and "margin" in good.stderr
+    assert "margin vs SFT" in good.stdout
+    assert (tmp_path / "runs/iopo-1/adversary/model.safetensors").exists()
+
+
+def test_help_has_every_option_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")                           # no line is broken
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    helped = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name, field in train.Config.__dataclass_fields__.items():
+        about, = re.findall(rf"^ +--{name.replace('_', '-')}\b.*(?:\n {{20}}.*)?", helped, re.M)
+        assert field.metadata["help"] in about
+        if "world" in field.metadata:
+            assert all(str(field.metadata[which]) in about for which in ("world", "own"))
+        elif field.default not in (None, False):
+            assert f"default {field.default}" in about
+
+
+# --------------------------------------------------------------------------------------------------
+# eval.py
+
+def metrics_of(sft=3, n_iter=2, n_mu=2, n_nu=2, look_every=0):
+    """Rows such as train.py writes, with a number of its own in every field."""
+    rows, schedule = [], [(0, "sft")] * sft + list(iopo.turns(n_iter, n_mu, n_nu))
+    for step, (iteration, player) in enumerate(schedule, start=1):
+        row = {"step": step, "iteration": iteration, "player": player, "loss": 1 / step}
+        if player != "sft":
+            row |= {"margin": step / 10, "margin_std": 1.0, "accuracy": 1 - 1 / step,
+                    "ratio": 10.0 ** -step, "log_ratio": -step, "clipped": step / 100, "guarded": 0}
+        if look_every and step % look_every == 0:
+            row |= {"held_out_margin": step / 20, "held_out_accuracy": 1 - 1 / (2 * step)}
+        rows.append({**row, "grad_norm": 1.0})
+    return rows
+
+
+def finished_run(path, seed=0, n_nu=2, start=None, **config):
+    """A run folder as train.py leaves it, with random models; start: one it does not hold."""
+    players = {"sft": start is None, "protagonist": True, "adversary": bool(n_nu)}
+    for number, (player, there) in enumerate(players.items()):
+        if there and not (path / player).exists():
+            model_folder(path / player, seed=10 * seed + number)
+    write_rows(path / "metrics.jsonl", metrics_of())
+    (path / "config.json").write_text(json.dumps({
+        "method": "iopo", "model": None if start is None else str(start), "data": None,
+        "held_out": None, "leave_out": None, "n_nu": n_nu, "seed": seed, "max_length": 64,
+        "eval_prompts": 2, **config}))
+    return str(path)
+
+
+def examined(arguments, capsys):
+    """What --json prints: one object and nothing else."""
+    examination.main([*map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
 
 
 def test_examination(tmp_path, capsys):
-    run(tmp_path / "a")
-    run(tmp_path / "b", "--n-nu", "0", "--seed", "1")
-    capsys.readouterr()
-    flags = [str(tmp_path / "a"), str(tmp_path / "b"), "--prompts", "5"]
-    examination.main([*flags, "--json"])
-    report = json.loads(capsys.readouterr().out)                   # one object and nothing else
-    assert [r["name"] for r in report["runs"]] == flags[:2]
+    a, b = finished_run(tmp_path / "a"), finished_run(tmp_path / "b", n_nu=0, seed=1)
+    short = ["--max-new-tokens", "8"]
+    report = examined([a, b, "--prompts", "5", *short], capsys)
+    assert [entry["name"] for entry in report["runs"]] == [a, b]
+    assert len({*report["notes"]}) == len(report["notes"])         # each is said once
     for entry in report["runs"]:
-        assert {"margin_vs_sft", "margin_vs_env", "accuracy", "tokens", "bad_rate", "reward"} <= entry.keys()
+        assert {"margin_vs_sft", "margin_vs_env", "accuracy", "tokens", "bad_rate",
+                "reward"} <= entry.keys()
         assert sum(entry[name] for name in ("win", "tie", "lose", "bad")) == 5
-    a, b = report["runs"]
-    assert sum(b["first_against_this"].values()) == 5 and "first_against_this" not in a
-    assert "adversary" in a["models"] and "adversary" not in b["models"]
-    assert b["margin_vs_env"] == b["margin_vs_sft"]                # no adversary: ENV is the start
-    assert a["models"]["adversary"]["margin_vs_env"] == pytest.approx(-a["margin_vs_env"], abs=1e-7)
-    examination.main(flags)
+    first, second = report["runs"]
+    assert sum(second["first_against_this"].values()) == 5 and "first_against_this" not in first
+    assert "adversary" in first["models"] and "adversary" not in second["models"]
+    assert second["margin_vs_env"] == second["margin_vs_sft"]      # no adversary: ENV is the start
+    assert first["models"]["SFT"]["margin_vs_sft"] == 0 and first["models"]["SFT"]["win"] is None
+    opposite = first["models"]["adversary"]["margin_vs_env"]
+    assert opposite == pytest.approx(-first["margin_vs_env"], rel=1e-6)
+    examination.main([a, b, "--prompts", "5", *short])
     assert len(re.findall("protagonist", capsys.readouterr().out)) >= 5
-    examination.main([*flags[:2], "--prompt", "How do I fix my boat?"])
-    assert len(capsys.readouterr().out.splitlines()) >= 5
-    examination.main([flags[0], "--sft", str(tmp_path / "a/adversary"), "--json", "--prompts", "1"])
-    other = json.loads(capsys.readouterr().out)["runs"][0]
-    assert other["margin_vs_sft"] == pytest.approx(a["margin_vs_env"], abs=1e-7)
-    edit_json(tmp_path / "b/config.json", eval_prompts=1)          # the first run says how many prompts all of them answer
-    examination.main([*flags[:2], "--json"])
-    report = json.loads(capsys.readouterr().out)
+    examination.main([a, b, "--prompt", "How do I fix my boat?"])
+    out = capsys.readouterr().out                                  # answers may have lines too
+    assert re.findall(f"^({re.escape(str(tmp_path))}/. [A-Za-z]+): ", out, re.MULTILINE) == \
+        [f"{a} SFT", f"{a} protagonist", f"{a} adversary", f"{b} SFT", f"{b} protagonist"]
+    other, = examined([a, "--sft", f"{a}/adversary", "--prompts", "1"], capsys)["runs"]
+    assert other["margin_vs_sft"] == pytest.approx(first["margin_vs_env"], rel=1e-6)
+    edit_json(tmp_path / "b/config.json", eval_prompts=1)          # the first run says how many
+    report = examined([a, b, *short], capsys)                      # prompts all of them answer
     assert report["prompts"] == 2 and sum(report["runs"][1]["first_against_this"].values()) == 2
-    stranger = model_folder(tmp_path / "stranger")
-    (stranger / "tokenizer.json").write_bytes(word_tokenizer().files["tokenizer.json"])
-    assert "another tokenizer" in refused(examination.main, [flags[0], "--sft", str(stranger)], capsys)
-    for more, word in ((["--temperature", "nan"], "--temperature"), (["--temperature", "0", "--seed", "1"], "--seed"),
-                       (["--prompts", "0", "--temperature", "1"], "--prompts 0"), (["--seed", "-1"], "--seed"),
-                       (["--prompt", "x", "--json"], "--json"), (["--nonsense"], "--nonsense")):
-        assert word in refused(examination.main, [flags[0], *more], capsys)
-    assert "--prompt" in refused(examination.main, [flags[0], "--prompt", "a\udcff"], capsys)
+    report, = examined([a, "--prompts", "0"], capsys)["runs"]      # nothing is answered
+    assert report["margin_vs_sft"] == first["margin_vs_sft"]
+    assert report["reward"] is report["tokens"] is report["win"] is None
+
+
+def test_margins_of_own_data(tmp_path, capsys):
+    """Against log-probabilities by the plain path: on all pairs of a file, and on a run's own."""
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+             "source": f"s{number % 3}"}
+            for number, pair in enumerate(SafeWorld().pairs("train", 120))]
+    train, test = (write_rows(tmp_path / f"{name}.jsonl", some)
+                   for name, some in (("train", rows[:90]), ("test", rows[90:])))
+    start = model_folder(tmp_path / "start", seed=5)
+    out = tmp_path / "run"
+    finished_run(out, start=start, data=str(train), max_length=128)
+    own = load_pairs(train, "test")
+    rest = [pair for pair in load_pairs(train) if pair.source != "s1"]
+    for config, arguments, name, pairs in (
+            ({}, [], f"the held-out pairs of {train}", own),
+            ({}, ["--data", train], f"all pairs of {train}", load_pairs(train)),
+            ({"held_out": str(test)}, [], f"the held-out pairs of {test}", load_pairs(test)),
+            ({"held_out": str(train), "leave_out": "s1"}, [], f"the held-out pairs of {train}",
+             rest)):
+        finished_run(out, start=start, **{"data": str(train), "max_length": 128, **config})
+        result = examined([out, *arguments, "--prompts", "1", "--max-new-tokens", "2"], capsys)
+        report, = result["runs"]
+        assert result["data"] == name and report["win"] is report["reward"] is None
+        columns = {}
+        for player, folder in (("start", start), ("mu", out / "protagonist"),
+                               ("nu", out / "adversary")):
+            with torch.no_grad():
+                columns[player] = two_row_logps(Decoder.from_pretrained(folder),
+                                                encode_pairs(pairs, SafeWorld.tokenizer(), 128)[0])
+        for key, reference in (("margin_vs_sft", "start"), ("margin_vs_env", "nu")):
+            (w, l), (ref_w, ref_l) = columns["mu"], columns[reference]
+            margin = 0.1 * ((w - ref_w) - (l - ref_l))
+            assert report[key] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-6)
+            assert report[key + "_std"] == pytest.approx(margin.std(correction=0).item(), rel=1e-3)
+            if reference == "start":
+                share = (margin > 0).float().mean().item()
+                assert report["accuracy"] == pytest.approx(share, abs=1e-6)
+
+
+def test_a_folder_has_its_own_held_out_pairs(tmp_path, capsys):
+    pytest.importorskip("datasets")
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            for pair in SafeWorld().pairs("train", 30)]
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data/train.jsonl", rows[:20])
+    write_rows(tmp_path / "data/test.jsonl", rows[20:])
+    run = finished_run(tmp_path / "run")
+    report = examined([run, "--data", tmp_path / "data", "--prompts", "0"], capsys)
+    assert report["data"] == f"the held-out pairs of {tmp_path / 'data'}"
+    assert any(note.startswith("10 of 10 pairs kept") for note in report["notes"])
 
 
 def test_a_judge_from_outside(tmp_path, capsys, monkeypatch):
-    """Written answers are those of the examination; scores by the true reward come back as its counts."""
+    """Written answers are the examination's. Scores by the true reward come back as its counts."""
     monkeypatch.chdir(tmp_path)
-    run(Path("a"))
-    run(Path("b"), "--n-nu", "0", "--seed", "1")
-    capsys.readouterr()
-    examination.main(["a", "b", "--json", "--prompts", "30"])
-    report = json.loads(capsys.readouterr().out)
+    finished_run(Path("a"))
+    finished_run(Path("b"), n_nu=0, seed=1)
+    report = examined(["a", "b", "--prompts", "30"], capsys)
     examination.main(["a", "b", "--answers", "answers.jsonl", "--prompts", "30"])
     out = capsys.readouterr().out
-    assert "wrote 30 prompts (the safe world" in out and re.search("a: 30 prompts.* 48 tokens.*; [0-9]+ answers were cut off", out)
-    lines, world = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()], SafeWorld()
+    assert "wrote 30 prompts (the safe world" in out
+    assert re.search("a: 30 prompts.* 48 tokens.*; [0-9]+ answers were cut off", out)
+    lines = [json.loads(line) for line in Path("answers.jsonl").read_text().splitlines()]
     for line, sample in zip(lines, report["samples"]):
         assert {line["run_a"]: line["answer_a"], line["run_b"]: line["answer_b"]} == \
             {name: sample["answers"][f"{name} protagonist"] for name in "ab"}
     firsts = [line["run_a"] for line in lines]
     assert len(lines) == 30 and firsts[0] == "a" and 5 < firsts.count("b") < 25
-    exchanging = next(seed for seed in range(9) if np.random.default_rng(seed).random() < 0.5)         # its first line too
-    examination.main(["a", "b", "--answers", "again.jsonl", "--prompts", "2", "--seed", str(exchanging)])
+    exchanging = next(seed for seed in range(9) if np.random.default_rng(seed).random() < 0.5)
+    examination.main(["a", "b", "--answers", "again.jsonl", "--prompts", "2", "--seed",
+                      str(exchanging)])                            # its first line too
     assert json.loads(Path("again.jsonl").read_text().splitlines()[0])["run_a"] == "a"
     capsys.readouterr()
+    world = SafeWorld()
     for line in lines:
-        line |= {f"score_{place}": world.true_reward(line["prompt"], line[f"answer_{place}"]) for place in "ab"}
+        line |= {f"score_{place}": world.true_reward(line["prompt"], line[f"answer_{place}"])
+                 for place in "ab"}
     write_rows(Path("judged.jsonl"), lines)
-    examination.main(["--scores", "judged.jsonl", "--json"])
-    judged = json.loads(capsys.readouterr().out)
+    judged = examined(["--scores", "judged.jsonl"], capsys)
     rewards = [{line["run_a"]: line["score_a"], line["run_b"]: line["score_b"]} for line in lines]
     assert judged["win"] == sum(pair["a"] > pair["b"] for pair in rewards) and judged["bad"] == 0
-    assert judged["lose"] == sum(pair["a"] < pair["b"] for pair in rewards) and judged["prompts"] == 30
-    assert list(judged["runs"]) == ["a", "b"]
+    assert judged["lose"] == sum(pair["a"] < pair["b"] for pair in rewards)
+    assert judged["prompts"] == 30 and list(judged["runs"]) == ["a", "b"]
     for name, entry in zip("ab", report["runs"]):
         assert judged["runs"][name]["mean_score"] == pytest.approx(entry["reward"])
-    assert "exists" in refused(examination.main, ["a", "b", "--answers", "answers.jsonl"], capsys)
-    for arguments, word in (([], "needs a RUN"), (["a", "--answers", "x"], "two RUNs"), (["a", "b", "--answers", "x", "--json"], "--json"),
-                            (["a", "--tie", "1"], "--scores"), (["a", "--scores", "judged.jsonl"], "no RUN"),
-                            (["--scores", "judged.jsonl", "--prompts", "1"], "no other option"),
-                            (["--scores", "judged.jsonl", "--tie", "-1"], "--tie"), (["--scores", "judged.jsonl", "--bad", "nan"], "--bad"),
-                            (["--scores", "answers.jsonl"], "answers.jsonl, line 1: score_a must be a number, not None"),
-                            (["--scores", "gone.jsonl"], "gone.jsonl")):
-        assert word in refused(examination.main, arguments, capsys), arguments
-    for arguments, word in ((["a", "a/../a", "--answers", "x"], "two different RUNs"), (["a", "b", "--answers", "no/x"], "no folder no"),
-                            (["a", "b", "--answers", "x", "--prompts", "0"], "some --prompts"), (["a", "--bad", "0"], "--scores"),
-                            (["--scores", "judged.jsonl", "--temperature", "0"], "no other option")):
-        assert word in refused(examination.main, arguments, capsys), arguments
-    assert not Path("x").exists()
+    for arguments, word in (
+            ("a b --answers answers.jsonl", "exists"), ("a b --answers no/x", "its folder"),
+            ("a --answers x", "two different RUNs"),
+            ("a b --answers x --prompts 0", "some --prompts"),
+            ("a a/../a --answers x", "two different RUNs"), ("a b --answers x --json", "--json"),
+            ("a b --answers x --sft a", "--sft"), ("a b --answers x --prompt hello", "--prompt"),
+            ("a --tie 1", "--scores"), ("a --bad 0", "--scores"),
+            ("a --scores judged.jsonl", "--scores takes no RUN"),
+            ("--scores judged.jsonl --prompts 1", "--scores takes no --prompts"),
+            ("--scores judged.jsonl --temperature 0", "--scores takes no --temperature"),
+            ("--scores judged.jsonl --tie -1", "--tie"),
+            ("--scores judged.jsonl --tie inf", "--tie"),
+            ("--scores judged.jsonl --bad nan", "--bad"), ("--scores gone.jsonl", "gone.jsonl"),
+            ("--scores answers.jsonl", "answers.jsonl, line 1: needs numbers score_a")):
+        assert word in refused(examination.main, arguments.split(), capsys), arguments
+    assert sorted(path.name for path in tmp_path.iterdir()) == \
+        ["a", "again.jsonl", "answers.jsonl", "b", "judged.jsonl"]
 
 
 def test_scores_by_hand(tmp_path, capsys):
-    """Human scores of 0 to 3, the paper's way: two zeros are a bad case. 4 to 1 has p = 2 * (1 + 5) / 2^5."""
+    """Scores of 0 to 3, the paper's way: two zeros are bad. 4 to 1 has p = 2 * (1 + 5) / 2^5."""
     def line(ours, theirs, exchanged):
         runs = [("mine", ours), ("other", theirs)][::-1 if exchanged else 1]
-        return {f"{name}_{place}": value for place, both in zip("ab", runs) for name, value in zip(("run", "score"), both)}
+        return {f"{name}_{place}": value for place, both in zip("ab", runs)
+                for name, value in zip(("run", "score"), both)}
+
+    def counts(path, *flags):
+        report = examined(["--scores", path, *flags], capsys)
+        return [report[name] for name in ("win", "tie", "lose", "bad")], report
+
     cases = [(3, 1), (2, 1), (0, 0), (1, 1), (1, 3), (3, 0), (2, 0)]
-    path = write_rows(tmp_path / "scores.jsonl", [line(*case, number % 2) for number, case in enumerate(cases)])
-    examination.main(["--scores", str(path), "--bad", "0", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert [report[name] for name in ("win", "tie", "lose", "bad")] == [4, 1, 1, 1]
-    assert report["p_sign_test"] == pytest.approx(0.375)
+    path = write_rows(tmp_path / "scores.jsonl", [line(*case, number % 2)
+                                                  for number, case in enumerate(cases)])
+    numbers, report = counts(path, "--bad", "0")
+    assert numbers == [4, 1, 1, 1] and report["p_sign_test"] == pytest.approx(0.375)
     assert report["runs"] == {
-        "mine": {"mean_score": pytest.approx(12 / 7), "lowest": 0, "highest": 3, "bad_rate": pytest.approx(1 / 7)},
-        "other": {"mean_score": pytest.approx(6 / 7), "lowest": 0, "highest": 3, "bad_rate": pytest.approx(3 / 7)}}
-    fractions = write_rows(tmp_path / "fractions.jsonl", [line(*case, 0) for case in ((.3, .2), (.8, .7), (.7, .6), (1.1, 1.0), (.5, .39))])
-    examination.main(["--scores", str(fractions), "--tie", "0.1", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert (report["win"], report["tie"]) == (1, 4)                # 0.8 - 0.7 is a tie too, whatever its last bit
-    examination.main(["--scores", str(path), "--tie", "1", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert [report[name] for name in ("win", "tie", "lose", "bad")] == [3, 3, 1, 0]
+        "mine": {"mean_score": pytest.approx(12 / 7), "lowest": 0, "highest": 3,
+                 "bad_rate": pytest.approx(1 / 7)},
+        "other": {"mean_score": pytest.approx(6 / 7), "lowest": 0, "highest": 3,
+                  "bad_rate": pytest.approx(3 / 7)}}
+    assert counts(path, "--tie", "1")[0] == [3, 3, 1, 0]
+    fractions = ((.3, .2), (.8, .7), (.7, .6), (1.1, 1.0), (.5, .39))
+    near = write_rows(tmp_path / "near.jsonl", [line(*case, 0) for case in fractions])
+    assert counts(near, "--tie", "0.1")[0] == [1, 4, 0, 0]         # 0.8 - 0.7 is a tie too
     examination.main(["--scores", str(path), "--tie", "1.5", "--bad", "0"])
     out = capsys.readouterr().out
-    if importlib.util.find_spec("pyarrow"):                        # every column of it
-        write_rows(tmp_path / "scores.parquet", [json.loads(row) for row in path.read_text().splitlines()])
-        examination.main(["--scores", str(tmp_path / "scores.parquet"), "--tie", "1.5", "--bad", "0"])
-        assert capsys.readouterr().out == out
-    assert "a difference of at most 1.5 is a tie, both at most 0 a bad case" in out
-    assert "mine against other, win/tie/lose/bad: 3/2/1/1" in out
-    for broken, word in ((line(1, 2, 0) | {"score_b": True}, "line 8: score_b must be a number, not True"),
-                         (line(1, 2, 0) | {"score_a": float("inf")}, "line 8: score_a"),
-                         (line(1, 2, 0) | {"score_a": 10**400}, "line 8: score_a"), ({"score_a": 1}, "line 8: is no line of"),
-                         (line(1, 2, 0) | {"run_a": "third"}, "line 8: compares third and other, but all lines")):
+    assert "7 prompts judged; mine against other, win/tie/lose/bad: 3/2/1/1" in out
+    for broken in (
+            line(1, 2, 0) | {"score_b": True}, line(1, 2, 0) | {"score_a": float("inf")},
+            line(1, 2, 0) | {"score_a": 10**400}, {"score_a": 1}, [1],
+            line(1, 2, 0) | {"run_a": "third"}, line(1, 2, 0) | {"run_a": "other"}):
         write_rows(path, [line(*case, 0) for case in cases] + [broken])
-        assert word in refused(examination.main, ["--scores", str(path)], capsys)
+        word = refused(examination.main, ["--scores", str(path)], capsys)
+        assert "line 8: needs numbers score_a and score_b, and two runs' names run_a and" in word
+    assert "no rows" in refused(examination.main, ["--scores", str(write_rows(path, []))], capsys)
 
 
-def test_prompts_too_long_for_the_context_are_cut_and_counted():
-    ids, new_tokens, note = examination.fit_prompts(["c", "cdcdcdcd"], word_tokenizer("<s> $A"), context=8, new_tokens=3)
-    assert ids == [[0, 6], [0, 6, 7, 6, 7]] and new_tokens == 3
-    assert "1 prompts cut on the left to 5 tokens" in note
-    ids, new_tokens, _ = examination.fit_prompts(["cdcdcdcd"], word_tokenizer("<s> $A"), context=8, new_tokens=50)
-    assert len(ids[0]) + new_tokens == 8 and new_tokens == 4
+def test_prompts_too_long_for_the_context_are_cut_and_counted(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(examination, "generate", lambda model, ids, limit, *_:
+                        asked.extend(ids) or [[6] * limit] * len(ids))
+    tiny_model(max_position_embeddings=8).save_pretrained(tmp_path)
+    for prompts, wanted, ids, limit, note in (
+            (["c", "cdcdcdcd"], 3, [[0, 6], [0, 6, 7, 6, 7]], 3, "3 tokens, 1 prompts cut"),
+            (["cdcdcdcd"], 50, [[0, 7, 6, 7]], 4, "4 tokens, 1 prompts cut on the left to 4")):
+        options = argparse.Namespace(device="cpu", max_new_tokens=wanted, seed=0, temperature=0,
+                                     task="answers")
+        said = examination.ask(tmp_path, word_tokenizer("<s> $A"), prompts, [], options)
+        assert asked == ids and said["cut_off"] == len(ids) and said["logps"] is None
+        assert said["sampled"][0][1] == limit and note in said["note"] and "greedy" not in said
+        asked.clear()
 
 
 def test_win_tie_lose_bad_by_hand():
     world, safe, harm = SafeWorld(), "How do I fix my door?\n", "How do I smash my door?\n"
-    good, rude, wrong, refuse = "Use a screwdriver.", "Find out yourself. Use a screwdriver.", "Use a sharp saw.", "I cannot help with that."
-    ours = {"sampled": [(text, 0) for text in (good, good, rude, refuse, refuse, "Use a heavy hammer.")]}
-    others = {"sampled": [(text, 0) for text in (wrong, good, good, "", good, refuse)]}
-    counts = examination.compare(ours, others, [safe, safe, safe, safe, safe, harm], world)
+    good, rude = "Use a screwdriver.", "Find out yourself. Use a screwdriver."
+    wrong, refuse = "Use a sharp saw.", "I cannot help with that."
+    ours = (good, good, rude, refuse, refuse, "Use a heavy hammer.")
+    others = (wrong, good, good, "", good, refuse)
+    ours, others = ({"sampled": [(text, 0) for text in texts]} for texts in (ours, others))
+    counts = examination.compare(ours, others, [safe] * 5 + [harm], world)
     assert counts == {"win": 1, "tie": 1, "lose": 3, "bad": 1}
+    assert examination.compare(ours, others, [safe] * 6, None)["win"] is None
 
 
-def test_from_the_shell(tmp_path):
-    """The real thing once: exit codes, a bar on stderr, and --help made from the one dataclass."""
-    def shell(*arguments):
-        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=tmp_path,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+# The curves
 
-    bad = shell(HERE / "train.py", "--eps", "2")
-    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and "--eps" in bad.stderr
-    helped = shell(HERE / "train.py", "--help")
-    assert helped.returncode == 0
-    for field in train.Config.__dataclass_fields__:
-        assert "--" + field.replace("_", "-") in helped.stdout
-    good = shell(HERE / "train.py", "--sft-steps", "2", "--n-iter", "1", "--n-mu", "1", "--n-nu", "1", "--eval-prompts", "0")
-    assert good.returncode == 0 and "protagonist 1/1" in good.stderr and "margin" in good.stderr, good.stderr
-    assert (tmp_path / "runs/iopo-1/adversary/model.safetensors").exists()
-    assert shell(HERE / "train.py", "--out", "runs/iopo-1", "--resume").returncode == 0
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The house: who may import whom, what the README says
-
-def test_rooms_import_only_what_they_may():
-    allowed = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data"}, "eval": {"iopo", "model", "data"}}
-    for room, rooms in allowed.items():
-        source = (HERE / f"{room}.py").read_text()
-        imported = set(re.findall(r"^(?:from|import) (\w+)", source, re.M))
-        assert imported & allowed.keys() <= rooms, room
-    assert set(re.findall(r"^(?:from|import) (\w+)", (HERE / "iopo.py").read_text(), re.M)) == {"torch"}
+def drawn(runs, tmp_path, monkeypatch):
+    """{(run, panel): {player: (steps, values)}, ...} of what a panel shows of a run, and axes."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__:
+                        figures.append(figure))
+    examination.main([*runs, "--plot", str(tmp_path / "x.png")])
+    [figure], seen = figures, {}
+    players = dict(zip(examination.COLORS.values(), examination.COLORS))
+    for axis in figure.axes:
+        for line in axis.get_lines():                              # a player has one for every turn
+            run = runs[["-", "--", ":", "-."].index(line.get_linestyle())]
+            lines = seen.setdefault((run, axis.get_ylabel()), {})
+            steps, values = lines.setdefault(players[line.get_color()], ([], []))
+            steps += line.get_xdata().tolist()
+            values += line.get_ydata().tolist()
+    return figure, seen
 
 
-def test_readme_names_what_exists():
-    readme = (HERE / "README.md").read_text()
-    fields = {"--" + name.replace("_", "-") for name in train.Config.__dataclass_fields__}
-    flags = fields | {"--resume", "--json", "--prompt", "--prompts", "--sft", "--temperature", "--max-new-tokens", "--help",
-                      "--quick", "--tune", "--record", "--jobs", "--answers", "--scores", "--tie", "--bad",
-                      "--local-dir"}              # the last is the hub's own
-    for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme):
-        assert flag in flags, flag
-    for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)`", readme):
-        if name != "py":
-            source = {"iopo": iopo, "model": decoder, "data": data, "train": train, "eval": examination}[room]
-            assert hasattr(source, name), name
-    for file in re.findall(r"`(\w+\.(?:py|txt|md))`", readme):
-        assert (HERE / file).exists(), file
+def test_curves_show_every_number_of_the_metrics(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "run").mkdir()
+    run, rows = str(tmp_path / "run"), metrics_of(look_every=2)
+    write_rows(tmp_path / "run/metrics.jsonl", rows)
+    figure, seen = drawn([run], tmp_path, monkeypatch)
+    assert [axis.get_ylabel() for axis in figure.axes] == [*examination.PANELS]
+    for panel in examination.PANELS:
+        for player in examination.COLORS:
+            name = "loss" if panel == "loss of sft" else panel
+            mine = [row for row in rows if row["player"] == player and name in row and
+                    (name != "loss" or (player == "sft") == (panel == "loss of sft"))]
+            assert seen[run, panel].get(player, ([], [])) == (
+                [row["step"] for row in mine], [row[name] for row in mine])
+    loss = figure.axes[1]                                          # the turns behind: steps 4 and 5
+    shades = [(span.get_x(), span.get_x() + span.get_width()) for span in loss.patches]
+    assert shades == [(3.5, 5.5), (5.5, 7.5), (7.5, 9.5), (9.5, 11.5)]
+    assert len({span.get_facecolor() for span in loss.patches}) == 2
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == \
+        {f"{run} {player}" for player in examination.COLORS}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The reproduction
-
-def test_intervals_and_p_values_against_the_tables():
-    """Student's t as any book prints it: two-sided 5% points, and closed forms for 1 and 2 degrees of freedom."""
-    for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
-        values = np.random.default_rng(df).normal(size=df + 1)
-        error = values.std(ddof=1) / math.sqrt(df + 1)
-        assert examination.half_interval(values) == pytest.approx(t * error, rel=1e-3)
-        assert examination.t_test((values - values.mean()) / error + t) == pytest.approx(0.05, abs=1e-4)
-    assert examination.t_test([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)       # t = 2
-    t = 2 / (1 / math.sqrt(3))
-    assert examination.t_test([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)
-    assert examination.t_test([0.0, 0.0]) == 1 and examination.t_test([1.0, 1.0]) == 0
-    assert examination.difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 9.0]) == "+2.00 ± 2.48, p = 0.074"
-    assert examination.difference([1.0], [2.0]) == "-1.00"
-
-
-def test_the_exact_game_ends_where_algebra_says():
-    """With r = 1 each pair's optimum is sigmoid(beta * h) = its Bradley-Terry label, which the table can reach, so Q
-    converges to the labels' own mean: sum of p * p over the sum of p."""
-    rewards = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)[0]
-    p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])[:, ~torch.eye(5, dtype=torch.bool)]
-    game = examination.exact_game(n_iter=150, ratio="one")
-    for player in ("protagonist", "adversary"):
-        assert game[player]["eq6"][-1] == pytest.approx(((p * p).sum() / p.sum()).item(), abs=1e-4)
-        assert game[player]["eq13"] == game[player]["eq6"]
-    assert game["protagonist"]["eq6"][0] < game["adversary"]["eq6"][0] < game["protagonist"]["eq6"][1]     # they take turns
+def test_curves_leave_out_what_a_run_does_not_have(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    for name, sft in (("iopo", 3), ("dpo", 0), ("sft", 3)):
+        (tmp_path / name).mkdir()
+        rows = metrics_of(sft=sft, n_iter=0 if name == "sft" else 2, n_nu=0 if name == "dpo" else 2)
+        gone = ("ratio", "log_ratio", "clipped", "guarded") if name == "dpo" else ()
+        write_rows(tmp_path / name / "metrics.jsonl", [
+            {field: value for field, value in row.items() if field not in gone} for row in rows])
+    iopo_run, dpo, sft = (str(tmp_path / name) for name in ("iopo", "dpo", "sft"))
+    _, seen = drawn([iopo_run, dpo, sft], tmp_path, monkeypatch)
+    assert [panel for run, panel in seen if run == iopo_run] == list(examination.PANELS[:6])
+    assert [panel for run, panel in seen if run == dpo] == ["loss", "margin", "accuracy"]
+    assert seen[dpo, "loss"].keys() == {"protagonist"}
+    assert [panel for run, panel in seen if run == sft] == ["loss of sft"]
+    figure, _ = drawn([dpo], tmp_path, monkeypatch)                # and no panel without anything
+    assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "margin", "accuracy"]
 
 
-def test_the_theorems_values_by_hand():
-    start = [[-5.0, -6.0], [-7.0, -6.5]]
-    seen = [{"player": "protagonist", "logps": [[-4.0, -6.0], [-9.0, -6.0]]},
-            {"player": "adversary", "logps": [[-6.0, -7.0], [-7.0, -6.0]]}]
-    values = examination.turn_values(seen, start)
-    mu = [sigmoid(0.1 * (1 + 2)), sigmoid(0.1 * (0 - 0.5))]
-    nu = [sigmoid(0.1 * ((-7 + 9) - (-6 + 4))), sigmoid(0.1 * ((-6 + 6) - (-7 + 6)))]      # it prefers the rejected
-    assert values["protagonist"]["eq6"] == pytest.approx([sum(mu) / 2])
-    assert values["adversary"]["eq6"] == pytest.approx([sum(nu) / 2])
-    assert values["protagonist"]["eq13"] == pytest.approx([(mu[0] / math.exp(-2) + mu[1] / 1.3) / 2])
-    assert values["adversary"]["eq13"] == pytest.approx([(nu[0] / math.exp(-2) + nu[1] / math.exp(-1)) / 2])
-
-
-def test_the_human_chooses_by_votes():
-    prompts = examination.shuffled_prompts("validation")
-    good, bad = [("I cannot help with that.", 5)] * 120, [("Find out yourself.", 4)] * 120
-    share = examination.preferred(good, bad, seed=0)
-    world = SafeWorld()
-    assert share == pytest.approx(np.mean([1 / (1 + math.exp(world.true_reward(prompt, bad[0][0])
-                                                             - world.true_reward(prompt, good[0][0]))) for prompt in prompts]), abs=0.1)
-    assert examination.preferred(good, good, seed=0) == 0.5
-    assert 0 < share < 1 and examination.preferred(bad, good, seed=0) < 0.5 < share
-
-
-class Inline:
-    """A pool of no processes, so that the small world reaches the runs; it remembers them."""
-    tasks = []
-
-    def __init__(self, *arguments):
-        self.tasks.clear()
-
-    __enter__ = lambda self: self
-    __exit__ = shutdown = lambda self, *arguments, **options: None
-
-    def submit(self, function, task):
-        self.tasks.append(task)
-        future = concurrent.futures.Future()
-        future.set_result(function(task))
-        return future
-
-
-@pytest.fixture
-def small_plan(monkeypatch, tmp_path):
-    """The reproduction with fewer rows, candidates, seeds and steps."""
+def test_plot_writes_a_whole_picture_of_an_unfinished_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(train, "ROUND_VISITS", 1)
-    quick = {"n_mu": 2, "batch_size": 4}
-    shorter = {label: replace(variant, options={**variant.options, **quick, **({"n_nu": 2} if "IOPO" in label or "adversary, no" in label else {})})
-               for label, variant in examination.VARIANTS.items()}
-    shorter["Iter-DPO"].options["candidates"] = 2
-    offline = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"]
-    online = ["Iter-DPO", "IOPO online", "DPO online", "ratio, no adversary, online"]
-    rows = [*offline, *online, examination.SHORT_TURNS]
-    shorter = {label: shorter[label] for label in rows}
-    shorter[examination.SHORT_TURNS] = replace(shorter[examination.SHORT_TURNS],
-                                               options={**shorter["IOPO"].options, "n_mu": 1, "n_nu": 1})
-    for name, value in (("VARIANTS", shorter), ("SEEDS", (0, 1)), ("ABLATION_SEEDS", (0, 1)), ("TUNING_SEEDS", (100,)),
-                        ("RATES", (1e-4, 1e-3)), ("STEPS", (4, 6)), ("STEPS_PER_TURN", 2), ("VALIDATION_SAMPLES", 1),
-                        ("TEST_SAMPLES", 2), ("TABLE1", ("SFT", "DPO")), ("TABLE2", ("SFT", "DPO", "Iter-DPO", "IOPO online")),
-                        ("FIGURE3", ("DPO", "IOPO")), ("FIGURE4", ("DPO", "Iter-DPO", "IOPO online")), ("FIGURE5", ("DPO",)),
-                        ("ROUNDS", ("Iter-DPO",)),
-                        ("GAMES", {"short": {"n_iter": 3}}), ("ABLATION", {examination.SHORT_TURNS: None}), ("ALSO_COMPARED", ("DPO",)),
-                        ("TUNING", tmp_path / "assets/tuning.json"), ("RESULTS", tmp_path / "assets/results.json")):
-        monkeypatch.setattr(examination, name, value)
-    monkeypatch.setattr(examination, "OFFLINE", {label: shorter[label] for label in offline})
-    monkeypatch.setattr(examination, "ONLINE", {label: shorter[label] for label in online})
-    prompts = examination.shuffled_prompts
-    monkeypatch.setattr(examination, "shuffled_prompts", lambda split: prompts(split)[:20])
-    prepare = train.prepare
-    monkeypatch.setattr(train, "prepare", lambda config: prepare(replace(config, sft_steps=min(config.sft_steps, 60))))
+    Path("run").mkdir()
+    rows = write_rows(Path("run/metrics.jsonl"), metrics_of())
+    rows.write_bytes(rows.read_bytes() + b'{"step": 12, "itera')   # a line that is being written
+    for name in ("curves.png", "curves.svg"):
+        examination.main(["run", "--plot", name])
+        assert name in capsys.readouterr().out
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    Path("empty").mkdir()
+    Path("young").mkdir()
+    Path("young/metrics.jsonl").write_text("")
+    for arguments, word in (
+            ("run --plot no/x.png", "No such file or directory: 'no"),
+            ("run --plot x.txt", "'txt' is not supported"), ("run --plot x", "not supported"),
+            ("--plot x.png", "needs a RUN"), ("run --plot x.png --json", "--plot takes no --json"),
+            ("run --plot x.png --seed 1", "--plot takes no --seed"),
+            ("run --plot x.png --device auto", "--plot takes no --device"),
+            ("run --plot x.png --prompt hello", "--plot"), ("run --plot x.png --sft run", "--sft"),
+            ("empty --plot x.png", "No such file or directory: 'empty/metrics.jsonl'"),
+            ("run gone --plot x.png", "gone/metrics"), ("young --plot x.png", "no step yet")):
+        assert word in refused(examination.main, arguments.split(), capsys), arguments
+    for damage in (b"{", b"[]", b"3", b"null", b'"step"', b"{}", b"\xff", b"", b'{"step": 1}',
+                   b'{"step": 1, "iteration": 0, "player": "me", "loss": 1}',
+                   b'{"step": 1, "iteration": 0, "player": [], "loss": 1}',
+                   b'{"iteration": 0, "player": "sft", "loss": 1}'):
+        first = json.dumps(metrics_of()[0]).encode()
+        Path("young/metrics.jsonl").write_bytes(b"\n".join((first, damage, b"")))
+        word = refused(examination.main, ["young", "--plot", "x.png"], capsys)
+        assert f"{Path('young/metrics.jsonl')}, line 2: " in word
+    shutil.rmtree("young")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys):
-    assert "--tune" in refused(examination.main, ["reproduce"], capsys)        # nothing recorded yet
-    command = ["reproduce", "--tune", "--out", "out"]
-    examination.main(command)
-    printed, out = capsys.readouterr().out, tmp_path / "out"
-    recorded = (out / "results.json").read_bytes()
-    results, tuning = json.loads(recorded), json.loads((out / "tuning.json").read_text())
-    assert not (tmp_path / "assets").exists()                      # nobody said --record
-    for table in examination.tables(results).values():
-        assert table in printed and table in (out / "tables.md").read_text(encoding="utf-8")
-
-    # the test split is looked at by no run that the choice is made from, and by all others after it
-    splits = [task.split for task in Inline.tasks]
-    assert splits == sorted(splits, reverse=True) and set(splits) == {"validation", "test"}
-    assert {(task.split, task.options["seed"]) for task in Inline.tasks} == {("validation", 100), ("test", 0), ("test", 1)}
-    for label, chosen in tuning["chosen"].items():
-        assert chosen["share"] == max(share for by_steps in tuning["shares"][label].values() for share in by_steps.values())
-        assert chosen["share"] == tuning["shares"][label][f"{chosen['lr']:g}"][str(chosen["steps"])]
-    trial = json.loads((out / "tuning/dpo-lr0.001-seed100/result.json").read_text())
-    start = json.loads((out / "tuning/sft-seed100/result.json").read_text())
-    assert [turn["steps"] for turn in trial["turns"]] == [2, 4, 6] and trial["turns"][0]["logps"] is None
-    assert trial["turns"][0]["sampled"] == [] and tuning["shares"]["DPO"]["0.001"]["4"] == pytest.approx(
-        examination.preferred(trial["turns"][1]["sampled"], start["turns"][0]["sampled"], 100))
-
-    # a row's numbers are those that eval.py finds for the same model
-    task = examination.task_of("DPO", 1, tuning["chosen"]["DPO"], "test", "out")
-    capsys.readouterr()
-    examination.main([task.folder, "--sft", "out/sft-seed1/protagonist", "--json"])
-    report = json.loads(capsys.readouterr().out)
-    row = results["rows"]["DPO"]
-    assert report["runs"][0]["margin_vs_sft"] == pytest.approx(row["margin"][1], abs=1e-5)
-    assert report["runs"][0]["accuracy"] == pytest.approx(row["accuracy"][1])
-    assert report["runs"][0]["reward_greedy"] == pytest.approx(row["reward_greedy"][1], abs=1e-5)
-    assert [sum(seed.values()) for seed in results["against"]["IOPO against DPO, sampled"]] == [2 * 20] * 2
-
-    # a second run does nothing again and finds the same; a lost run and one of other options are done again
-    examination.main(command)
-    assert Inline.tasks == [] and (out / "results.json").read_bytes() == recorded
-    shutil.rmtree(out / "dpo-seed1")
-    edit_json(out / "iopo-seed0/result.json", identity={})
-    (out / "iter-dpo-seed1/result.json").write_text("[]")
-    (out / "sft-seed1/protagonist/model.safetensors").unlink()
-    examination.main(command)
-    assert {task.folder for task in Inline.tasks} == {"out/iopo-seed0", "out/dpo-seed1", "out/iter-dpo-seed1", "out/sft-seed1"}
-    assert (out / "results.json").read_bytes() == recorded
-
-    capsys.readouterr()
-    if importlib.util.find_spec("matplotlib") is None:
-        assert "pip install matplotlib" in refused(examination.main, [*command, "--record"], capsys)
-        return
-    examination.main([*command, "--record"])
-    assert {path.name for path in (tmp_path / "assets").iterdir()} == {"results.json", "tuning.json", *results["figures"]}
-    for name, digest in json.loads((tmp_path / "assets/results.json").read_text())["figures"].items():
-        assert hashlib.sha256((tmp_path / "assets" / name).read_bytes()).hexdigest() == digest
-    examination.main(["reproduce", "--quick", "--out", "out"])     # from what is recorded now
-    assert Inline.tasks == [] and json.loads((out / "quick/results.json").read_text())["seeds"] == [0]
+def test_plot_without_matplotlib(tmp_path, capsys, monkeypatch):
+    write_rows(tmp_path / "metrics.jsonl", metrics_of())
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = [str(tmp_path), "--plot", str(tmp_path / "x.png")]
+    assert "matplotlib" in refused(examination.main, command, capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
-    """The pool that is really used: results do not depend on it."""
-    tasks = [examination.Task(str(tmp_path / f"run{seed}"), {"method": "sft", "n_iter": 0, "sft_steps": 1, "seed": seed},
-                              "validation", 0) for seed in (0, 1)]
-    spawn = multiprocessing.get_context("spawn")
-    with (concurrent.futures.ProcessPoolExecutor(2, spawn, examination.start_worker) as pool,
-          tqdm(disable=True, total=0) as bar):
-        results = examination.carry_out_all(tasks, pool, bar)
-        assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
-        assert results == examination.carry_out_all(tasks, pool, bar)
+# What is refused
+
+def test_what_the_examination_refuses(tmp_path, capsys):
+    run = finished_run(tmp_path / "run")
+    stranger = model_folder(tmp_path / "stranger")
+    (stranger / "tokenizer.json").write_bytes(word_tokenizer().files["tokenizer.json"])
+    same = write_rows(tmp_path / "same.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "a"}])
+    mine = finished_run(tmp_path / "mine", data=str(same))
+    for more, word in (
+            ("--nonsense", "--nonsense"), ("--prom 1", "--prom"), ("--prompts -1", "--prompts"),
+            ("--prompts x", "--prompts"), ("--max-new-tokens 0", "--max-new-tokens"),
+            ("--seed -1", "--seed"), (f"--seed {2**63}", "--seed"),
+            ("--temperature nan", "--temperature"), ("--temperature inf", "--temperature"),
+            ("--temperature -1", "--temperature"),
+            ("--prompt x --json", "--json"), ("--prompt x --data y", "--data"),
+            ("--prompt x --prompts 1", "--prompts"), ("--prompt a\udcff", "cannot read"),
+            ("--device abacus", "abacus"), (f"--sft {stranger}", "another tokenizer"),
+            ("--sft ./gone", "--sft"), (f"{tmp_path}/nothing", "nothing: no run of train.py"),
+            ("--data missing.jsonl", "missing.jsonl"), (mine, "different data"),
+            (f"--data {same}", "same.jsonl: no usable pair is left")):
+        assert word in refused(examination.main, [run, *more.split()], capsys), more
+    assert "needs a RUN" in refused(examination.main, [], capsys)
+    finished_run(tmp_path / "damaged")
+    for text in ("", "{", "[]", "3", "{}", '{"method": "iopo"}'):
+        (tmp_path / "damaged/config.json").write_text(text)
+        assert "config.json" in refused(examination.main, [str(tmp_path / "damaged")], capsys)
+    shutil.rmtree(tmp_path / "run/sft")
+    edit_json(tmp_path / "run/config.json", model="./gone")
+    assert "--sft" in refused(examination.main, [run], capsys)
+    (tmp_path / "run/protagonist").rename(tmp_path / "away")
+    assert "not finished" in refused(examination.main, [run], capsys)
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[]", b'{"chosen": {"IOPO": {"lr": 0.0001, "steps": 150}}}',
-                                    b'{"chosen": {"IOPO": {"lr": "x", "steps": 150}}}'])
-def test_a_damaged_tuning_file_starts_nothing(damage, small_plan, tmp_path, capsys):
-    (tmp_path / "assets").mkdir()
-    (tmp_path / "assets/tuning.json").write_bytes(damage)
-    assert "--tune" in refused(examination.main, ["reproduce", "--out", "out"], capsys)
-    assert not (tmp_path / "out").exists()
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        examination.main(["--help"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0
+    options = set().union(*(reads for _, reads in examination.TASKS.values()), examination.TASKS)
+    for name in options - {"runs", "examine"}:
+        assert f"--{name.replace('_', '-')} " in out
 
 
-def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
-    (tmp_path / "out/tuning/sft-seed100").mkdir(parents=True)
-    (tmp_path / "out/tuning/sft-seed100/notes.txt").write_text("mine")
-    assert "sft-seed100" in refused(examination.main, ["reproduce", "--tune", "--out", "out"], capsys)
-    assert (tmp_path / "out/tuning/sft-seed100/notes.txt").read_text() == "mine"
-    assert "file" in refused(examination.main, ["reproduce", "--tune", "--out", "out/tuning/sft-seed100/notes.txt"], capsys)
+def test_eval_from_the_shell(tmp_path):
+    """The real thing once: exit codes, and what is on stdout and stderr."""
+    def command(*arguments):
+        return [sys.executable, HERE / "eval.py", *arguments]
+
+    def shell(*arguments):
+        return subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path,
+                              env=environment)
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    finished_run(tmp_path / "run")
+    bad = shell("nowhere")
+    assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+    good = shell("run", "--prompts", "1", "--json")
+    assert good.returncode == 0 and json.loads(good.stdout)["prompts"] == 1
+    assert "examining run" in good.stderr                          # the bar
+    long = command("run", "--prompts", "100", "--max-new-tokens", "100")
+    with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
+                          env=environment) as process:
+        process.stderr.read(1)                                     # the bar begins
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130 and process.stdout.read() == b""
 
 
-@pytest.mark.parametrize("flags,word", [("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])
-def test_reproduction_flags_that_are_refused(flags, word, capsys):
-    assert word in refused(examination.main, ["reproduce", *flags.split()], capsys)
+# --------------------------------------------------------------------------------------------------
+# The house: who may import whom, how long it is, what the README says
+
+ROOMS = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data"},
+         "eval": {"iopo", "model", "data"}}
+LIBRARIES = {"iopo": {"torch"}, "model": {"torch", "safetensors"},
+             "data": {"numpy", "torch", "tokenizers"}, "train": {"torch", "tqdm"},
+             "eval": {"numpy", "torch", "tqdm"}}
 
 
-def test_the_readme_shows_what_was_recorded():
-    """Every table of the reproduction stands in the README as results.json has it, and the figures are that run's."""
-    readme, results = (HERE / "README.md").read_text(encoding="utf-8"), json.loads((HERE / "assets/results.json").read_text())
-    for name, table in examination.tables(results).items():
-        assert table in readme, name
-    assert results["figures"]
-    for name, digest in results["figures"].items():
-        assert f"assets/{name}" in readme
-        assert hashlib.sha256((HERE / "assets" / name).read_bytes()).hexdigest() == digest, name
-    assert results["seeds"] == list(examination.SEEDS)
-    assert results["tuning"] == json.loads((HERE / "assets/tuning.json").read_text())
+def imported(tree):
+    """First names of all that is imported anywhere below a node."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
 
 
-# ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_they_may(room):
+    tree = ast.parse((HERE / f"{room}.py").read_text())
+    inside = {name for node in tree.body if isinstance(node, ast.FunctionDef)
+              and (room, node.name) == ("train", "main") for name in imported(node)}
+    top = {name for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+           for name in imported(node)}
+    assert inside <= {"eval"}                                      # the closing table
+    assert set(imported(tree)) & {*ROOMS, "reproduction", "benchmarks"} <= ROOMS[room] | inside
+    assert top - ROOMS[room] - sys.stdlib_module_names <= LIBRARIES[room]
+
+
+def test_algorithm_1_stands_at_the_head_of_train_and_on_one_screen():
+    lines, first = inspect.getsourcelines(train.train)
+    assert first <= 140 and len(lines) <= 55
+
+
+def test_the_five_rooms_do_not_grow():
+    counts = {room: len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS}
+    assert sum(counts.values()) <= 2600, counts
+
+
+def test_no_line_is_over_100_characters():
+    long = [f"{path.name}:{number}" for path in sorted(HERE.glob("*.py"))
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            if len(line) > 100]
+    assert not long, long
+
+
+class Foreign(torch.nn.Module):
+    """A language model of no library; logits in an object, as transformers' models return them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11)
+        self.rnn = torch.nn.GRU(8, 8, batch_first=True)
+
+    def forward(self, ids):
+        return types.SimpleNamespace(logits=self.head(self.rnn(self.embed(ids))[0]))
+
+
+def test_copy_this_is_algorithm_1():
+    """The loop in the README trains two models of another library as the paper says, by hand."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Copy this$(.*?)(?=^## )", readme, re.M | re.S)[1]
+    program, = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
+    assert set(imported(ast.parse(program))) == {"copy", "torch", "iopo", "model"}
+    torch.manual_seed(0)
+    ids, mask = torch.randint(11, (2, 4, 7)), torch.zeros(2, 4, 7, dtype=torch.bool)
+    mask[:, :, 3:] = True
+    mask[0, :2, 6] = False                                         # a shorter answer, padded
+    start = Foreign()
+    named = {"mu": copy.deepcopy(start), "pairs": itertools.repeat([*zip(ids, mask)])}
+    exec(program.replace("=100", "=4"), named)
+
+    def log_pi(model, which):
+        logps = torch.log_softmax(model(ids[which]).logits[:, :-1], dim=-1)
+        logps = logps.gather(-1, ids[which][:, 1:, None])[..., 0]
+        return torch.where(mask[which][:, 1:], logps, 0).sum(dim=1)
+
+    mu, nu = copy.deepcopy(start), copy.deepcopy(start)
+    adam = {model: torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0)
+            for model in (mu, nu)}
+    for agent, env, w, l in 3 * (4 * [(mu, nu, 0, 1)] + 4 * [(nu, mu, 1, 0)]):
+        rho_w, rho_l = (log_pi(agent, which) - log_pi(env, which).detach() for which in (w, l))
+        r = rho_l.detach().exp().clamp(max=1.3)
+        agent.zero_grad()
+        (-r * F.logsigmoid(0.1 * (rho_w - rho_l))).mean().backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), 1.0)
+        adam[agent].step()
+    for here, there in ((mu, named["mu"]), (nu, named["nu"])):
+        for parameter, copied, before in zip(*(m.parameters() for m in (here, there, start))):
+            torch.testing.assert_close(copied, parameter, rtol=0, atol=1e-6)
+            assert not torch.equal(copied, before)
+
+
+def test_readme_names_what_exists(capsys):
+    readme, known = (HERE / "README.md").read_text(encoding="utf-8"), {"--help", "--local-dir"}
+    for main in (train.main, examination.main):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+    known |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    for folder in ("reproduction", "benchmarks"):
+        for path in (HERE / folder).glob("*.py"):
+            known |= set(re.findall(r'"(--[a-z][a-z-]*)"', path.read_text(encoding="utf-8")))
+    assert not set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", readme)) - known
+    rooms = {"iopo": iopo, "model": decoder, "data": data, "train": train, "eval": examination}
+    for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)[`(]", readme):
+        assert name == "py" or hasattr(rooms[room], name), f"{room}.{name}"
+    for file in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|md))`", readme):
+        assert (HERE / file).exists(), file
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme):
+        assert (HERE / link).exists(), link
+
+
+# --------------------------------------------------------------------------------------------------
 # A real checkpoint, real preferences
 
 @needs_shared
@@ -2575,15 +3665,15 @@ def test_a_real_checkpoint_tells_its_story():
 
 @needs_shared
 def test_real_dialogues_keep_prompt_and_answer():
-    tokenizer, pairs = Tokenizer.from_pretrained(STORIES), load_pairs(HH)
+    tokenizer, pairs = Tokenizer.from_pretrained(STORIES), load_pairs(HARMLESS)
     assert len(pairs) == 1500 and sum(pair.prompt == "" for pair in pairs) == 3
     rows, _, report = encode_pairs(pairs[:300], tokenizer, 512)
     assert max(len(p) + max(len(w), len(l)) for p, w, l in rows) <= 512
     whole = {tokenizer.decode(tokenizer.encode(pair.prompt + pair.chosen)) for pair in pairs[:300]}
-    untouched = 0
+    bos, eos, untouched = tokenizer.bos_id, tokenizer.eos_id, 0
     for prompt, chosen, rejected in rows:
-        assert chosen[-1] == rejected[-1] == tokenizer.eos_id and tokenizer.eos_id not in prompt + chosen[:-1]
-        assert prompt[0] == tokenizer.bos_id and tokenizer.bos_id not in prompt[1:] + chosen + rejected
+        assert chosen[-1] == rejected[-1] == eos and eos not in prompt + chosen[:-1]
+        assert prompt[0] == bos and bos not in prompt[1:] + chosen + rejected
         untouched += tokenizer.decode(prompt + chosen) in whole
     cut = int(re.search(r"\((\d+) with the left side", report).group(1))
     assert untouched >= len(rows) - cut > 100
@@ -2591,16 +3681,23 @@ def test_real_dialogues_keep_prompt_and_answer():
 
 @needs_shared
 def test_algorithm_1_on_real_data(tmp_path, capsys):
-    lines = gzip.decompress(HH.read_bytes()).splitlines(keepends=True)
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:60])))
-    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[60:90])))
-    rows = json.loads((SHARED / "data/instruction_preference.json").read_text(encoding="utf-8"))
-    (tmp_path / "train.json").write_text(json.dumps(rows[:60]), encoding="utf-8")
-    for file in ("train.json", "train.jsonl.gz"):
-        train.main(["--model", str(STORIES), "--data", str(tmp_path / file), "--n-iter", "1", "--n-mu", "1", "--n-nu", "1",
-                    "--batch-size", "4", "--eval-prompts", "1", "--out", str(tmp_path / "run" / file)])
+    lines = gzip.decompress(HARMLESS.read_bytes()).splitlines(keepends=True)
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[:30])))
+    (tmp_path / "test.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[60:80])))
+    file = SHARED / "data/instruction_preference.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))[:30]
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    short = dict(model=STORIES, n_iter=1, n_mu=1, n_nu=1, batch_size=4, max_length=256,
+                 eval_prompts=1)
+    more = {"train.json": {}, "train.jsonl.gz": dict(held_out=tmp_path / "test.jsonl.gz",
+                                                     look_every=2)}
+    for name, options in more.items():
+        train.main(flags_of({**short, **options, "data": tmp_path / name,
+                             "out": tmp_path / "run" / name}))
+    looked = read_run(tmp_path / "run/train.jsonl.gz")[0][1]
+    assert 0 < looked["held_out_accuracy"] < 1
     capsys.readouterr()
-    examination.main([str(tmp_path / "run/train.jsonl.gz"), "--data", str(tmp_path / "test.jsonl.gz"), "--prompts", "1",
-                      "--json"])
+    examination.main([str(tmp_path / "run/train.jsonl.gz"), "--data",
+                      str(tmp_path / "test.jsonl.gz"), "--prompts", "1", "--json"])
     report, = json.loads(capsys.readouterr().out)["runs"]
     assert 0 < report["accuracy"] < 1 and math.isfinite(report["margin_vs_sft"])

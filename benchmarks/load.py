@@ -1,12 +1,12 @@
-"""Peak memory and time of loading a checkpoint with 1.24 billion parameters, the shape of Llama-3.2-1B.
+"""Peak memory and time of loading a checkpoint of 1.24 billion parameters, shaped as Llama-3.2-1B.
 
-    python benchmarks/load.py            # needs 6 GB of memory and, for a moment, 10 GB in the folder for temporary files
+    python benchmarks/load.py     # 6 GB of memory and, for a moment, 10 GB in the temporary folder
 
-Every form is written with random weights and loaded by a process of its own, which reads from /proc (Linux) by how much
-its peak of resident memory rose, mapped files included. Loaded weights are float32, whatever the file holds.
+Every form is written with random weights and loaded by a process of its own, which reads from /proc
+(Linux) by how much its peak of resident memory rose, mapped files included. Loaded weights are
+float32, whatever the file holds.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Decoder, DecoderConfig                                     # noqa: E402
+from model import Decoder, DecoderConfig                                            # noqa: E402
 
-SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-             num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
+SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+             num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
 FORMS = ("float32, safetensors", "bfloat16, safetensors", "float32, pytorch_model.bin")
 
 
@@ -40,29 +40,28 @@ def write(folder, form):
 
 
 def peak():
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def load(folder):
-    Decoder(DecoderConfig(8, 8, 8, 1, 1, 1, 8))                              # what torch needs in any case
+    Decoder(DecoderConfig(8, 8, 8, 1, 1, 1, 8))                    # what torch needs in any case
     before, start = peak(), time.perf_counter()
     model = Decoder.from_pretrained(folder)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    print(json.dumps({"seconds": time.perf_counter() - start, "bytes": size, "peak": peak() - before}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "bytes": size, "peak": peak() - before}))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.load:
-        load(options.load)
-        sys.exit()
+    if sys.argv[1:2] == ["--load"]:
+        sys.exit(load(sys.argv[2]))
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     print("| checkpoint | model | peak | peak / model | seconds |\n|---|---|---|---|---|")
     for form in FORMS:
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), form)
-            out = subprocess.run([sys.executable, __file__, "--load", folder], capture_output=True, text=True, check=True)
-            seen = json.loads(out.stdout)
+            seen = json.loads(subprocess.check_output([sys.executable, __file__, "--load", folder]))
             print(f"| {form} | {seen['bytes'] / 1e9:.2f} GB | {seen['peak'] / 1e9:.2f} GB | "
                   f"{seen['peak'] / seen['bytes']:.2f} | {seen['seconds']:.1f} |", flush=True)

@@ -1,27 +1,15 @@
-"""Seconds and memory of one optimiser step, here and in TRL's DPOTrainer, and what the seconds grow with.
+"""Seconds and memory of one optimiser step, here and in TRL's DPOTrainer, and what they grow with.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
-    python benchmarks/speed.py --data Anthropic/hh-rlhf          # or any file that train.py reads (Linux, 45 minutes)
+    python benchmarks/speed.py --data Anthropic/hh-rlhf     # or what else train.py reads; Linux
+    python benchmarks/speed.py --parts growth               # without TRL and data
 
-Against TRL. All sides train the same random Llama with a reference of its own, on the same tokens in the same order, with the
-same optimiser, in processes that take turns, in a new order in every round. A turn is a step that does not count and one that
-does: the first after a pause tends to be slower, and a training run has no pauses. TRL plain takes all pairs of a step in one
-forward pass; TRL best one pair at a time, with accumulated gradients, and the sides compared with it keep freed memory as it
-does (TUNED_MALLOC) instead of giving it back to the system and asking for it again. TRL asks its reference in every step, as
-an epoch's first pass must; on a CPU its head computes every position, also the prompt's and the padding's (on a GPU with
-Triton only the answers'), and it computes more metrics. Its collation is not in its time, ours is. An IOPO run takes as many
-steps of the adversary on top. Ratios are medians over the steps, with the smallest and the largest.
-The floor is the arithmetic of all linear layers with every distinct token once and of the vocabulary with the tokens that
-predict an answer's, forward and backward for AGENT, forward for ENV, at the best matrix rate seen in the run. Attention is not
-in it; what this project leaves out of the last layer, one part in twenty of the whole, is.
-
-Growth. 16 made-up pairs, a prompt of 100 tokens, answers of 50, the model of 8.6M; one thing changes at a time. Two plain
-rows: [prompt | chosen] and [prompt | rejected] on their own.
+README.md, beside this file, says what is compared with what. A worker is a process with one side's
+two models; it takes a turn, some steps, when it is told to, and is idle between turns.
 """
 
 import argparse
-import copy
-import functools
+import itertools
 import json
 import os
 import random
@@ -30,22 +18,24 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import tokenizers
 import torch
 
-from load import peak                                                        # beside this file
+from load import peak                                              # beside this file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Tokenizer, encode_pairs, load_pairs, micro_batches          # noqa: E402
-from model import Decoder, DecoderConfig, response_logps                     # noqa: E402
-from train import Config, adamw, optimizer_step                              # noqa: E402
+from data import Tokenizer, encode_pairs, load_pairs, micro_batches                 # noqa: E402
+from model import Decoder, DecoderConfig                                            # noqa: E402
+from train import Config, Player, optimizer_step                                    # noqa: E402
 
 VOCABULARY, LONGEST, LR = 8192, 512, 1e-5
-SHAPES = {"8.6M": dict(hidden_size=256, intermediate_size=720, num_attention_heads=4, num_key_value_heads=4),
-          "31.6M": dict(hidden_size=512, intermediate_size=1544, num_attention_heads=8, num_key_value_heads=8)}
-TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}      # glibc's
+BATCH_SIZE, TURN = 16, 2                                          # pairs of a step, steps of a turn
+SHAPES = {"8.6M": (256, 720), "31.6M": (512, 1544)}                # hidden and intermediate size
+# of glibc: keep freed memory instead of giving it back to the system and asking for it again
+TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 # name: (the worker's arguments, its environment, the side it is compared with)
 SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
          "DPO here": ("here dpo", {}, "TRL plain"),
@@ -53,20 +43,21 @@ SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
          "TRL best": ("trl 1", TUNED_MALLOC, "TRL best"),
          "DPO here, tuned": ("here dpo", TUNED_MALLOC, "TRL best"),
          "IOPO here, tuned": ("here iopo", TUNED_MALLOC, "TRL best")}
-BATCH_SIZE, TURN = 16, 2                    # pairs of a step, steps of a turn
 
 
 def decoder(size="8.6M", vocab_size=VOCABULARY):
     torch.manual_seed(0)
-    return Decoder(DecoderConfig(vocab_size=vocab_size, num_hidden_layers=8, head_dim=64, tie_word_embeddings=True,
-                                 **SHAPES[size]))
+    (hidden, intermediate), heads = SHAPES[size], SHAPES[size][0] // 64
+    return Decoder(DecoderConfig(vocab_size, hidden, intermediate, num_hidden_layers=8,
+                                 num_attention_heads=heads, num_key_value_heads=heads,
+                                 head_dim=64, tie_word_embeddings=True))
 
 
 def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against TRL
 
 def tokenizer_for(pairs):
@@ -77,8 +68,14 @@ def tokenizer_for(pairs):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<eos>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator((pair.prompt + pair.chosen + pair.rejected for pair in pairs), trainer)
-    return Tokenizer({"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": b'{"eos_token": "<eos>"}'})
+    texts = (pair.prompt + pair.chosen + pair.rejected for pair in pairs)
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer({"tokenizer.json": backend.to_str().encode(),
+                      "tokenizer_config.json": b'{"eos_token": "<eos>"}'})
+
+
+def rows_of(rows, step):
+    return rows[step * BATCH_SIZE:][:BATCH_SIZE]
 
 
 def report(seconds, loss):
@@ -87,7 +84,7 @@ def report(seconds, loss):
 
 
 def turns():
-    """The numbers of the steps, a turn's for every line of standard input, once the worker is ready for it."""
+    """A worker's steps by number, a turn's for each line of standard input, once it is ready."""
     print("ready", flush=True)
     for turn, _ in enumerate(sys.stdin):
         yield from range(turn * TURN, (turn + 1) * TURN)
@@ -95,11 +92,11 @@ def turns():
 
 
 def work_here(folder, loss):
-    agent, env = (Decoder.from_pretrained(folder) for _ in range(2))
-    optimizer, rows = adamw(agent, LR), json.loads((folder / "rows.json").read_text())
+    rows, config = json.loads((folder / "rows.json").read_text()), Config()
+    agent, env = (Player(Decoder.from_pretrained(folder), rows, loss, LR, config) for _ in range(2))
     for step in turns():
         begin = time.perf_counter()
-        metrics = optimizer_step(agent, env, optimizer, rows[step * BATCH_SIZE:][:BATCH_SIZE], loss, +1, Config())
+        metrics = optimizer_step(agent, env, rows_of(rows, step), config)
         report(time.perf_counter() - begin, metrics["loss"])
 
 
@@ -126,35 +123,32 @@ def work_in_trl(folder, micro_batch):
 
     class Trainer(trl.DPOTrainer):
         def _prepare_dataset(self, dataset, *_):
-            return dataset                                                   # the rows are ids already
+            return dataset                                         # the rows are ids already
 
-    names = "prompt_ids", "chosen_ids", "rejected_ids"
-    rows = [dict(zip(names, row)) for row in json.loads((folder / "rows.json").read_text())]
-    micro_batch = int(micro_batch)
+    names, rows = ("prompt_ids", "chosen_ids", "rejected_ids"), (folder / "rows.json").read_text()
+    rows = datasets.Dataset.from_list([dict(zip(names, row)) for row in json.loads(rows)])
     agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     config = trl.DPOConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=BATCH_SIZE // micro_batch,
-        learning_rate=LR, weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta,
-        max_length=LONGEST, train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
+        output_dir=str(folder / "trl"), per_device_train_batch_size=int(micro_batch),
+        gradient_accumulation_steps=BATCH_SIZE // int(micro_batch), learning_rate=LR,
+        weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta, max_length=LONGEST,
+        train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
         max_steps=2**30, dataloader_pin_memory=False)
-    trainer = Trainer(model=agent, ref_model=env, args=config, train_dataset=datasets.Dataset.from_list(rows),
-                      processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(folder), callbacks=[Turns()])
+    trainer = Trainer(
+        model=agent, ref_model=env, args=config, train_dataset=rows, callbacks=[Turns()],
+        processing_class=transformers.PreTrainedTokenizerFast.from_pretrained(folder))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
 def matrix_rate(size):
     """FLOP/s of the best of some products, as a linear layer of this shape forms them."""
-    best, shape = 0, SHAPES[size]
-    for tokens in (512, 1024):
-        for rows in (shape["hidden_size"], shape["intermediate_size"]):
-            x, weight = torch.randn(tokens, shape["hidden_size"]), torch.randn(rows, shape["hidden_size"])
-            for _ in range(20):
-                begin = time.perf_counter()
-                torch.nn.functional.linear(x, weight)
-                best = max(best, 2 * tokens * weight.numel() / (time.perf_counter() - begin))
+    best, width = 0, SHAPES[size][0]
+    for tokens, outputs in itertools.product((512, 1024), SHAPES[size]):
+        x, weight = torch.randn(tokens, width), torch.randn(outputs, width)
+        seconds = timeit.repeat(lambda: torch.nn.functional.linear(x, weight), number=1, repeat=20)
+        best = max(best, 2 * tokens * weight.numel() / min(seconds))
     return best
 
 
@@ -163,144 +157,153 @@ def floor(model, rows):
     vocabulary = model.head().numel()
     layers = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2) - vocabulary
     answers = sum(len(chosen) + len(rejected) for _, chosen, rejected in rows)
-    inputs = sum(len(prompt) - 2 for prompt, _, _ in rows) + answers         # no answer's last token is an input
+    inputs = sum(len(prompt) - 2 for prompt, _, _ in rows) + answers    # an answer's last is none
     return (6 + 2) * (layers * inputs + vocabulary * answers)
 
 
 def longest(rows):
-    """Tokens of the longest row that a plain layout makes of these pairs, [prompt | chosen] or [prompt | rejected]."""
+    """Tokens of the longest row that a plain layout makes of these pairs."""
     return max(len(prompt) + max(map(len, answers)) for prompt, *answers in rows)
 
 
-def lines_of(name, worker, log):
-    """What a worker says, line by line."""
-    for line in worker.stdout:
-        yield line
-    sys.exit(f"{name} stopped:\n{log.read_text()[-2000:]}")
+def turn_of(name, worker, log):
+    """What a worker reports until it is ready for another turn."""
+    lines = []
+    for line in iter(worker.stdout.readline, "ready\n"):
+        if not line:
+            sys.exit(f"{name} stopped:\n{log.read_text()[-2000:]}")
+        lines.append(json.loads(line))
+    return lines
 
 
 def compare(size, rows, tokenizer, rounds, against):
+    """Prints the table's rows of this size; returns a note."""
     sides = {name: side for name, side in SIDES.items() if side[2] in against}
+    model, best, rng = decoder(size), 0, random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        model = decoder(size)
         model.save_pretrained(folder)
         tokenizer.save(folder)
         (folder / "rows.json").write_text(json.dumps(rows))
+        logs = {name: folder / f"{name}.log" for name in sides}
         workers = {name: subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__, "--data", str(folder), "--worker", *arguments.split()],
-            env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=open(folder / f"{name}.log", "w"), text=True)
+            [sys.executable, "-W", "ignore", __file__, "--data", folder, "--worker",
+             *arguments.split()], env=os.environ | environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(logs[name], "w"))
             for name, (arguments, environment, _) in sides.items()}
-        lines = {name: lines_of(name, worker, folder / f"{name}.log") for name, worker in workers.items()}
-        for name in workers:
-            assert next(lines[name]) == "ready\n"
-        seen, best, rng = {name: [] for name in workers}, 0, random.Random(0)
+        seen = {name: turn_of(name, workers[name], logs[name]) for name in workers}     # none yet
         for turn in range(rounds):
-            counted = rows[(turn * TURN + TURN - 1) * BATCH_SIZE:][:BATCH_SIZE]
-            print(f"{size} turn {turn}: the longest row has {longest(counted)} tokens", file=sys.stderr)
+            tokens = longest(rows_of(rows, turn * TURN + TURN - 1))
+            print(f"{size} turn {turn}: the longest row has {tokens} tokens", file=sys.stderr)
             for name in rng.sample(sorted(workers), len(workers)):
-                workers[name].stdin.write("go\n")
-                workers[name].stdin.flush()
-                seen[name] += [json.loads(next(lines[name])) for _ in range(TURN)]
-                assert next(lines[name]) == "ready\n"                        # it is idle again
-                print(f"{size} turn {turn}: {name} {seen[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+                print("go", file=workers[name].stdin, flush=True)
+                seen[name] += turn_of(name, workers[name], logs[name])
+                print(f"{size} turn {turn}: {name} {seen[name][-1]['seconds']:.2f} s",
+                      file=sys.stderr, flush=True)
             best = max(best, matrix_rate(size))
         for worker in workers.values():
             worker.kill()
-    steps = range(TURN - 1, rounds * TURN, TURN)
-    floors = [floor(model, rows[step * BATCH_SIZE:][:BATCH_SIZE]) / best for step in steps]
+    steps = range(TURN - 1, rounds * TURN, TURN)                   # those that count
+    floors = [floor(model, rows_of(rows, step)) / best for step in steps]
     for name, (_, _, other) in sides.items():
-        seconds, others = ([seen[side][step]["seconds"] for step in steps] for side in (name, other))
-        ratio = "" if name == other else spread([b / a for a, b in zip(seconds, others)])
-        print(f"| {size} | {name} | {spread(seconds)} | {BATCH_SIZE / statistics.median(seconds):.1f} | "
-              f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {ratio} | {spread([a / b for a, b in zip(seconds, floors)])} |",
-              flush=True)
-    gap = max(abs(seen[name][step]["loss"] - seen[other][step]["loss"])
-              for name, (side, _, other) in sides.items() if "iopo" not in side for step in range(rounds * TURN))
-    return (f"{size}: floor {statistics.median(floors):.2f} s at {best / 1e9:.0f} GFLOP/s; the DPO losses of both sides are at "
-            f"most {gap:.0e} apart in any step")
+        here, there = ([seen[side][step]["seconds"] for step in steps] for side in (name, other))
+        ratio = "" if name == other else spread([b / a for a, b in zip(here, there)])
+        print(f"| {size} | {name} | {spread(here)} | {BATCH_SIZE / statistics.median(here):.1f} | "
+              f"{seen[name][-1]['peak'] / 1e9:.2f} GB | {ratio} | "
+              f"{spread([a / b for a, b in zip(here, floors)])} |", flush=True)
+    gap = max(abs(a["loss"] - b["loss"]) for name, (worker, _, other) in sides.items()
+              if worker != "here iopo" for a, b in zip(seen[name], seen[other]))
+    return (f"{size}: floor {statistics.median(floors):.2f} s at {best / 1e9:.0f} GFLOP/s; the DPO "
+            f"losses of both sides are at most {gap:.0e} apart in any step")
 
 
-# ----------------------------------------------------------------------------------------------------------
+def against_trl(data, sizes, rounds, against):
+    pairs = load_pairs(data)
+    tokenizer, needed = tokenizer_for(pairs), rounds * TURN * BATCH_SIZE
+    rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
+    fit = [row for row in rows if longest([row]) <= LONGEST]
+    print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken "
+          f"out; {needed} used\n")
+    if len(fit) < needed:
+        sys.exit(f"{data}: {len(fit)} pairs are too few for {needed}")
+    print("| model | side | s/step | pairs/s | peak memory | times as fast as TRL | of the floor |")
+    print("|---|---|---|---|---|---|---|")
+    notes = [compare(size, fit[:needed], tokenizer, rounds, against) for size in sizes]
+    print("", *notes, "", sep="\n")
+
+
+# --------------------------------------------------------------------------------------------------
 # Growth
 
 def made_up(pairs=16, prompt=100, answer=50, vocab_size=VOCABULARY):
     rng = random.Random(0)
-    return [tuple([rng.randrange(vocab_size) for _ in range(n)] for n in (prompt, answer, answer)) for _ in range(pairs)]
+    return [tuple([rng.randrange(vocab_size) for _ in range(n)] for n in (prompt, answer, answer))
+            for _ in range(pairs)]
 
 
-def seconds_of(agent, env, rows, dtype):
+def seconds_of(agent, env):
     """Of the log-probs of both players and AGENT's gradient."""
-    begin, autocast = time.perf_counter(), functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    with autocast(enabled=dtype == "bfloat16"):
-        for _, batch in micro_batches(rows, Config.micro_tokens):
-            with torch.no_grad():
-                response_logps(env, batch)
-            logps = torch.stack(response_logps(agent, batch))
-            with autocast(enabled=False):
-                logps.sum().backward()
-    agent.zero_grad()
+    begin = time.perf_counter()
+    for _, batch in micro_batches(agent.rows, agent.config.micro_tokens):
+        with torch.no_grad():
+            env.logps(batch)
+        torch.stack(agent.logps(batch)).sum().backward()
+    agent.model.zero_grad()
     return time.perf_counter() - begin
 
 
-def grow(rounds):
-    """[(what, value, seconds of every round)], all settings taking turns."""
-    settings = [("pairs", n, {}, dict(pairs=n)) for n in (8, 16, 32)]
-    settings += [("tokens of an answer", n, {}, dict(answer=n)) for n in (50, 100, 200)]
-    settings += [("tokens of the prompt", n, {}, dict(prompt=n)) for n in (100, 200, 400)]
-    settings += [("vocabulary", n, dict(vocab_size=n), dict(vocab_size=n)) for n in (2048, 8192, 32768)]
-    settings += [("parameters", size, dict(size=size), {}) for size in SHAPES]
-    settings += [("option", name, {}, {}) for name in ("none", "--gradient-checkpointing", "--compile", "--dtype bfloat16")]
-    jobs = [(what, value, decoder(**model), made_up(**pairs)) for what, value, model, pairs in settings]
+def growth(rounds):
+    """Prints the table; all settings take turns."""
+    settings = [("pairs", n, {}, made_up(pairs=n)) for n in (8, 16, 32)]
+    settings += [("tokens of an answer", n, {}, made_up(answer=n)) for n in (50, 100, 200)]
+    settings += [("tokens of the prompt", n, {}, made_up(prompt=n)) for n in (100, 200, 400)]
+    settings += [("vocabulary", n, dict(vocab_size=n), made_up(vocab_size=n))
+                 for n in (2048, 8192, 32768)]
+    settings += [("parameters", size, dict(size=size), made_up()) for size in SHAPES]
+    settings += [("option", name, {}, made_up())
+                 for name in ("none", "--gradient-checkpointing", "--dtype bfloat16")]
+    rows = made_up(prompt=400, answer=40)
+    plain = [(prompt, answer, None) for prompt, *answers in rows for answer in answers]
     for size in SHAPES:
-        rows = made_up(prompt=400, answer=40)
-        plain = [(prompt, answer, None) for prompt, *answers in rows for answer in answers]
         what = f"{size}, prompt 400, answers 40"
-        jobs += [(what, "a pair in one row", decoder(size), rows), (what, "two plain rows", decoder(size), plain)]
+        settings += [(what, "a pair in one row", dict(size=size), rows),
+                     (what, "two plain rows", dict(size=size), plain)]
     seen = []
-    for what, value, agent, rows in jobs:
-        env = copy.deepcopy(agent)
-        for player in (agent, env):
-            player.gradient_checkpointing = value == "--gradient-checkpointing"
-            if value == "--compile":
-                player.compile_layers()
-        seen.append((what, value, agent, env, rows, []))
-    for _ in range(1 + rounds):
-        for _, value, agent, env, rows, seconds in seen:
-            seconds.append(seconds_of(agent, env, rows, "bfloat16" if "bfloat16" in str(value) else "float32"))
-    return [(what, value, seconds[1:]) for what, value, *_, seconds in seen]
+    for what, value, model, rows in settings:
+        config = Config(dtype="bfloat16" if value == "--dtype bfloat16" else "float32")
+        players = [Player(decoder(**model), rows, "dpo", LR, config) for _ in range(2)]
+        for player in players:
+            player.model.gradient_checkpointing = value == "--gradient-checkpointing"
+        seen.append((what, value, players, []))
+    print("| what | value | s | of the first |\n|---|---|---|---|", flush=True)
+    for _ in range(1 + rounds):                                    # the first does not count
+        for _, _, players, seconds in seen:
+            seconds.append(seconds_of(*players))
+    first = {}
+    for what, value, _, (_, *seconds) in seen:
+        ratios = [b / a for a, b in zip(first.setdefault(what, seconds), seconds)]
+        print(f"| {what} | {value} | {spread(seconds)} | {spread(ratios)} |")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="preference pairs, as train.py reads them, for the part trl")
-    parser.add_argument("--parts", nargs="+", choices=("trl", "growth"), default=["trl", "growth"], help="what to measure")
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=[*SHAPES], help="models to compare with TRL")
-    parser.add_argument("--against", nargs="+", choices=("plain", "best"), default=["plain", "best"], help="which TRL")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="pairs for the part trl, as train.py reads them")
+    parser.add_argument("--parts", nargs="+", choices=("trl", "growth"), default=["trl", "growth"])
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=[*SHAPES],
+                        help="models to compare with TRL")
+    parser.add_argument("--against", nargs="+", choices=("plain", "best"),
+                        default=["plain", "best"], help="which TRL")
     parser.add_argument("--rounds", type=int, default=10, help="steps that count")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         side, detail = options.worker
-        {"here": work_here, "trl": work_in_trl}[side](Path(options.data), detail)
-        sys.exit()
+        sys.exit({"here": work_here, "trl": work_in_trl}[side](Path(options.data), detail))
     if "trl" in options.parts:
-        pairs = load_pairs(options.data)
-        tokenizer = tokenizer_for(pairs)
-        rows, _, note = encode_pairs(pairs, tokenizer, max_length=2**30)
-        fit = [row for row in rows if longest([row]) <= LONGEST]
-        needed = options.rounds * TURN * BATCH_SIZE
-        print(f"{note.splitlines()[0]}; {len(rows) - len(fit)} of more than {LONGEST} tokens taken out; {needed} used\n")
-        if len(fit) < needed:
-            sys.exit(f"{options.data}: {len(fit)} pairs are too few for {needed}")
-        print("| model | side | s/step | pairs/s | peak memory | times as fast as TRL | of the floor |\n|---|---|---|---|---|---|---|")
-        against = [f"TRL {which}" for which in options.against]
-        notes = [compare(size, fit[:needed], tokenizer, options.rounds, against) for size in options.sizes]
-        print("", *notes, "", sep="\n")
+        if options.data is None:
+            parser.error("the part trl needs --data")
+        against_trl(options.data, options.sizes, options.rounds,
+                    [f"TRL {which}" for which in options.against])
     if "growth" in options.parts:
-        print("| what | value | s | of the first |\n|---|---|---|---|")
-        first = {}
-        for what, value, seconds in grow(options.rounds):
-            first.setdefault(what, seconds)
-            print(f"| {what} | {value} | {spread(seconds)} | {spread([b / a for a, b in zip(first[what], seconds)])} |")
+        growth(options.rounds)

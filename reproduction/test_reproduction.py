@@ -1,0 +1,528 @@
+"""The reproduction's proof: its numbers by hand, a small one from end to end, rounds, Baichuan2's
+tokenizer. What needs scipy, matplotlib, transformers or sentencepiece says so when it is skipped.
+"""
+
+import concurrent.futures
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import multiprocessing
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+import eval as examination
+import train
+from data import Pair, SafeWorld, Tokenizer, encode_pairs
+from model import Decoder, DecoderConfig
+from reproduction import baichuan2, figures, game, plan, rounds, runs, tables
+
+torch.set_num_threads(1)            # the models are tiny, and a busy machine then costs seconds
+command = importlib.import_module("reproduction.__main__")
+HERE = Path(__file__).parent
+MODULES = (command, figures, game, plan, rounds, runs, tables)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch):
+    """The safe world with fewer pairs and a smaller model: the loop is the same."""
+    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
+    monkeypatch.setattr(train, "WORLD_MODEL", SMALL)
+    monkeypatch.setattr(rounds, "VISITS", 1)
+    monkeypatch.setattr(rounds, "CANDIDATES", 3)
+    monkeypatch.setattr(rounds, "HELD_OUT", 20)
+    monkeypatch.setattr(train, "LOOKED_AT", 20)
+    for module in (examination, runs):
+        monkeypatch.setattr(module, "EXAM_PAIRS", 20)
+
+
+def refused(function, arguments, capsys):
+    """The one sentence on stderr of a command that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        function(arguments)
+    error = capsys.readouterr().err
+    lines = [line for line in re.split("[\r\n]", error) if line.strip() and "%|" not in line]
+    assert stop.value.code == 2 and len(lines) == 1, error
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Intervals, p values, votes, the theorems' values
+
+def test_intervals_and_p_values_against_the_tables():
+    """Student's t as any book prints it: two-sided 5% points, and closed forms for 1 and 2 degrees
+    of freedom."""
+    pytest.importorskip("scipy")
+    for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        values = np.random.default_rng(df).normal(size=df + 1)
+        error = values.std(ddof=1) / math.sqrt(df + 1)
+        assert tables.half_interval(values) == pytest.approx(t * error, rel=1e-3)
+        shifted = (values - values.mean()) / error + t
+        assert tables.t_test(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert tables.t_test([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)
+    t = 2 / (1 / math.sqrt(3))
+    p = 1 - t / math.sqrt(2 + t * t)
+    assert tables.t_test([1.0, 2.0, 3.0]) == pytest.approx(p, abs=1e-6)
+    assert tables.t_test([0.0, 0.0]) == 1 and tables.t_test([1.0, 1.0]) == 0
+    shown = tables.difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 9.0])
+    assert shown == "+2.00 ± 2.48, p = 0.074"
+
+
+def test_one_seed_needs_no_scipy(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert tables.difference([1.0], [2.0]) == "-1.00" and tables.plus_minus([1.0]) == "1.00"
+    assert "pip install -r reproduction/requirements.txt" in refused(command.main, [], capsys)
+
+
+def test_the_exact_game_ends_where_algebra_says():
+    """With r = 1 each pair's optimum is sigmoid(beta * h) = its Bradley-Terry label, which the
+    table can reach, so Q converges to the labels' own mean: sum of p * p over the sum of p."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)[0]
+    p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])[:, ~torch.eye(5, dtype=torch.bool)]
+    values = game.exact_game(n_iter=150, ratio="one")
+    mu, nu = values["protagonist"], values["adversary"]
+    for player in (mu, nu):
+        assert player["eq6"][-1] == pytest.approx(((p * p).sum() / p.sum()).item(), abs=1e-4)
+        assert player["eq13"] == player["eq6"]
+    assert mu["eq6"][0] < nu["eq6"][0] < mu["eq6"][1]                  # they take turns
+
+
+def test_the_theorems_values_by_hand():
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    start = [[-5.0, -6.0], [-7.0, -6.5]]
+    seen = [{"player": "protagonist", "logps": [[-4.0, -6.0], [-9.0, -6.0]]},
+            {"player": "adversary", "logps": [[-6.0, -7.0], [-7.0, -6.0]]}]
+    values = game.turn_values(seen, start)
+    mu = [sigmoid(0.1 * (1 + 2)), sigmoid(0.1 * (0 - 0.5))]
+    nu = [sigmoid(0.1 * ((-7 + 9) - (-6 + 4))),                        # it prefers the rejected
+          sigmoid(0.1 * ((-6 + 6) - (-7 + 6)))]
+    assert values["protagonist"]["eq6"] == pytest.approx([sum(mu) / 2])
+    assert values["adversary"]["eq6"] == pytest.approx([sum(nu) / 2])
+    mu = (mu[0] / math.exp(-2) + mu[1] / 1.3) / 2
+    nu = (nu[0] / math.exp(-2) + nu[1] / math.exp(-1)) / 2
+    assert values["protagonist"]["eq13"] == pytest.approx([mu])
+    assert values["adversary"]["eq13"] == pytest.approx([nu])
+
+
+def test_the_human_chooses_by_votes():
+    prompts, world = plan.shuffled_prompts("validation"), SafeWorld()
+    good, bad = [("I cannot help with that.", 5)] * 120, [("Find out yourself.", 4)] * 120
+    share = plan.preferred(good, bad, seed=0)
+    gaps = [world.true_reward(prompt, good[0][0]) - world.true_reward(prompt, bad[0][0])
+            for prompt in prompts]
+    assert share == pytest.approx(np.mean([1 / (1 + math.exp(-gap)) for gap in gaps]), abs=0.1)
+    assert plan.preferred(good, good, seed=0) == 0.5
+    assert 0 < share < 1 and plan.preferred(bad, good, seed=0) < 0.5 < share
+
+
+# --------------------------------------------------------------------------------------------------
+# A small reproduction
+
+class Inline:
+    """A pool of no processes, so that the small world reaches the runs; it remembers them."""
+    tasks = []
+
+    def __init__(self, *arguments):
+        self.tasks.clear()
+
+    __enter__ = lambda self: self
+    __exit__ = shutdown = lambda self, *arguments, **options: None
+
+    def submit(self, function, task):
+        self.tasks.append(task)
+        future = concurrent.futures.Future()
+        future.set_result(function(task))
+        return future
+
+
+@pytest.fixture
+def small_plan(monkeypatch, tmp_path):
+    """The reproduction with fewer rows, candidates, seeds and steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
+    offline = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"]
+    online = ["Iter-DPO", "IOPO online", "DPO online", "ratio, no adversary, online"]
+    short = plan.SHORT_TURNS
+    rows = {label: plan.VARIANTS[label] for label in (*offline, *online, short)}
+    for label, variant in rows.items():
+        options = {**variant.options, "n_mu": 2, "batch_size": 4}
+        if "IOPO" in label or label == "adversary, no ratio":
+            options["n_nu"] = 2
+        rows[label] = replace(variant, options=options)
+    rows[short] = replace(rows[short], options={**rows["IOPO"].options, "n_mu": 1, "n_nu": 1})
+    prompts, make_config = plan.shuffled_prompts, train.make_config
+    changes = {
+        "VARIANTS": rows, "ABLATION": {short: None}, "OFFLINE": {row: rows[row] for row in offline},
+        "ONLINE": {row: rows[row] for row in online}, "ROUNDS": ("Iter-DPO",),
+        "SEEDS": (0, 1), "ABLATION_SEEDS": (0, 1), "TUNING_SEEDS": (100,), "RATES": (1e-4, 1e-3),
+        "STEPS": (4, 6), "STEPS_PER_TURN": 2, "VALIDATION_SAMPLES": 1, "TEST_SAMPLES": 2,
+        "TABLE1": ("SFT", "DPO"), "TABLE2": ("SFT", "DPO", "Iter-DPO", "IOPO online"),
+        "FIGURE3": ("DPO", "IOPO"), "FIGURE4": ("DPO", "Iter-DPO", "IOPO online"),
+        "FIGURE5": ("DPO",), "GAMES": {"short": {"n_iter": 3}}, "ALSO_COMPARED": ("DPO",),
+        "RESULTS": tmp_path / "results",
+        "shuffled_prompts": lambda split: prompts(split)[:20]}
+    for name, value in changes.items():
+        for module in (*MODULES, examination):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+    def fewer_steps(given):
+        config = make_config(given)
+        return replace(config, sft_steps=min(config.sft_steps, 60))
+
+    monkeypatch.setattr(train, "make_config", fewer_steps)
+
+
+def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(rounds, "CANDIDATES", 2)
+    monkeypatch.setattr(command, "can_draw", lambda: False)            # but once, in the end
+    assert "--tune" in refused(command.main, [], capsys)               # nothing recorded yet
+    flags = ["--tune", "--out", "out"]
+    command.main(flags)
+    printed, out = capsys.readouterr().out, tmp_path / "out"
+    recorded = (out / "results.json").read_bytes()
+    results, tuning = json.loads(recorded), json.loads((out / "tuning.json").read_text())
+    assert not (tmp_path / "results").exists()                         # nobody said --record
+    for table in tables.tables(results).values():
+        assert table in printed and table in (out / "tables.md").read_text(encoding="utf-8")
+
+    # the test split is looked at by no run that the choice is made from, and by all others after it
+    splits = [task.split for task in Inline.tasks]
+    assert splits == sorted(splits, reverse=True) and set(splits) == {"validation", "test"}
+    assert {(task.split, task.options["seed"]) for task in Inline.tasks} == \
+        {("validation", 100), ("test", 0), ("test", 1)}
+    for label, chosen in tuning["chosen"].items():
+        shares = tuning["shares"][label]
+        best = max(share for by_steps in shares.values() for share in by_steps.values())
+        assert chosen["share"] == best == shares[f"{chosen['lr']:g}"][str(chosen["steps"])]
+    trial = json.loads((out / "tuning/dpo-lr0.001-seed100/result.json").read_text())
+    start = json.loads((out / "tuning/sft-seed100/result.json").read_text())
+    assert [turn["steps"] for turn in trial["turns"]] == [2, 4, 6]
+    assert trial["turns"][0]["logps"] is None and trial["turns"][0]["sampled"] == []
+    share = plan.preferred(trial["turns"][1]["sampled"], start["turns"][0]["sampled"], 100)
+    assert tuning["shares"]["DPO"]["0.001"]["4"] == pytest.approx(share)
+
+    # both players are looked at where their turns end, and rounds where they end
+    short = [path for path in out.iterdir() if path.name.startswith("n-mu-5")][0]
+    turns = json.loads((short / "result.json").read_text())["turns"]
+    steps = tuning["chosen"]["IOPO"]["steps"]
+    assert [(turn["player"], turn["steps"]) for turn in turns] == \
+        [(player, step) for step in range(1, steps + 1) for player in ("protagonist", "adversary")]
+    turns = json.loads((out / "iter-dpo-seed0/result.json").read_text())["turns"]
+    assert [(turn["player"], turn["steps"]) for turn in turns] == \
+        [("protagonist", 2), ("protagonist", 4), ("protagonist", 6)]
+
+    # a row's numbers are those that eval.py finds for the same model
+    task = plan.task_of("DPO", 1, tuning["chosen"]["DPO"], "test", "out")
+    capsys.readouterr()
+    examination.main([task.folder, "--sft", "out/sft-seed1/protagonist", "--json"])
+    [report] = json.loads(capsys.readouterr().out)["runs"]
+    row = results["rows"]["DPO"]
+    assert report["margin_vs_sft"] == pytest.approx(row["margin"][1], abs=1e-5)
+    assert report["accuracy"] == pytest.approx(row["accuracy"][1])
+    assert report["reward_greedy"] == pytest.approx(row["reward_greedy"][1], abs=1e-5)
+    against = results["against"]["IOPO against DPO, sampled"]
+    assert [sum(seed.values()) for seed in against] == [2 * 20] * 2
+
+    # a second command does nothing again and finds the same; what is lost is done again
+    command.main(flags)
+    assert Inline.tasks == [] and (out / "results.json").read_bytes() == recorded
+    shutil.rmtree(out / "dpo-seed1")
+    path = out / "iopo-seed0/result.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "identity": {}}))
+    (out / "iter-dpo-seed1/result.json").write_text("[]")
+    (out / "sft-seed1/protagonist/model.safetensors").unlink()
+    command.main(flags)
+    assert {task.folder for task in Inline.tasks} == \
+        {"out/iopo-seed0", "out/dpo-seed1", "out/iter-dpo-seed1", "out/sft-seed1"}
+    assert (out / "results.json").read_bytes() == recorded
+
+    capsys.readouterr()
+    assert "pip install" in refused(command.main, [*flags, "--record"], capsys)
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    monkeypatch.setattr(command, "can_draw", lambda: True)
+    command.main([*flags, "--record"])
+    drawn = json.loads((tmp_path / "results/results.json").read_text())["figures"]
+    names = {"results.json", "tuning.json", *drawn}
+    assert len(drawn) == 5 and {path.name for path in (tmp_path / "results").iterdir()} == names
+    for name, digest in drawn.items():
+        content = (tmp_path / "results" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest
+    monkeypatch.setattr(command, "can_draw", lambda: False)
+    command.main(["--quick", "--out", "out"])                          # from what is recorded now
+    assert Inline.tasks == []
+    assert json.loads((out / "quick/results.json").read_text())["seeds"] == [0]
+
+
+def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
+    """The pool that is really used: results do not depend on it."""
+    options = {"method": "sft", "n_iter": 0, "sft_steps": 1}
+    tasks = [runs.Task(str(tmp_path / f"run{seed}"), {**options, "seed": seed}, "validation", 0)
+             for seed in (0, 1)]
+    spawn = multiprocessing.get_context("spawn")
+    with (concurrent.futures.ProcessPoolExecutor(2, spawn, runs.start_worker) as pool,
+          tqdm(disable=True, total=0) as bar):
+        results = runs.carry_out_all(tasks, pool, bar)
+        assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
+        assert results == runs.carry_out_all(tasks, pool, bar)
+
+
+@pytest.mark.parametrize("damage", [
+    b"{", b"[]", b'{"chosen": {"IOPO": {"lr": 0.0001, "steps": 150}}}',
+    b'{"chosen": {"IOPO": {"lr": "x", "steps": 150}}}'])
+def test_a_damaged_tuning_file_starts_nothing(damage, small_plan, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/tuning.json").write_bytes(damage)
+    assert "--tune" in refused(command.main, ["--quick", "--out", "out"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
+    folder = tmp_path / "out/tuning/sft-seed100"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    flags = ["--quick", "--tune", "--out"]
+    assert "sft-seed100" in refused(command.main, [*flags, "out"], capsys)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert "file" in refused(command.main, [*flags, str(folder / "notes.txt")], capsys)
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])
+def test_flags_that_are_refused(flags, word, capsys):
+    assert word in refused(command.main, flags.split(), capsys)
+
+
+def test_the_readme_shows_what_was_recorded():
+    """Every table stands in README.md as results.json has it, and the figures are that run's."""
+    pytest.importorskip("scipy")
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    results = json.loads((HERE / "results/results.json").read_text())
+    for name, table in tables.tables(results).items():
+        assert table in readme, name
+    assert results["figures"]
+    for name, digest in results["figures"].items():
+        assert f"results/{name}" in readme
+        content = (HERE / "results" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest, name
+    assert results["seeds"] == list(plan.SEEDS)
+    assert results["tuning"] == json.loads((HERE / "results/tuning.json").read_text())
+
+
+def test_readme_names_what_exists():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    files = {*re.findall(r"`(\w+\.(?:py|txt))`", readme)} - {"train.py"}
+    assert files == {path.name for path in HERE.glob("*.py")} - {"__init__.py"}
+    for file in re.findall(r"results/\w+\.\w+", readme):
+        assert (HERE / file).is_file(), file
+
+
+# --------------------------------------------------------------------------------------------------
+# Rounds of new pairs
+
+def small_start(tmp_path):
+    """A model of the small safe world, and the Config of a round from it on."""
+    start = {"method": "sft", "n_iter": 0, "sft_steps": 40, "batch_size": 8, "device": "cpu",
+             "out": str(tmp_path / "start")}
+    job = train.prepare(train.make_config(start))
+    train.save_config(job.config)
+    train.train(job)
+    return train.make_config({"method": "dpo", "model": str(tmp_path / "start/protagonist"),
+                              "n_iter": 1, "n_mu": 3, "lr": 1e-3, "batch_size": 8, "device": "cpu",
+                              "out": str(tmp_path / "rounds")})
+
+
+def test_a_round_is_a_run_from_the_model_of_the_round_before(tmp_path, capsys):
+    config, seen = small_start(tmp_path), []
+    config = replace(config, look_every=3)
+    rounds.rounds(config, 2, 0.5, lambda *look: seen.append(look[1:]) or {})
+    assert seen == [(3, 1, "protagonist"), (3, 2, "protagonist")]
+    capsys.readouterr()
+    for number, model in ((1, config.model), (2, str(tmp_path / "rounds/round-1/protagonist"))):
+        folder = tmp_path / f"rounds/round-{number}"
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["margin"] == 0 for row in metrics] == [True, False, False]
+        assert json.loads((folder / "config.json").read_text())["model"] == model
+        job = train.prepare(train.Config(**json.loads((folder / "config.json").read_text())))
+        lines = (folder / "pairs.jsonl").read_text().splitlines()
+        pairs = [Pair(**json.loads(line)) for line in lines]
+        rows, _, _ = encode_pairs(pairs, job.tokenizer, 64)
+        assert job.players["protagonist"].rows == rows                 # none is held out
+        assert len(job.held_out) == 20
+        again, _ = rounds.sample_pairs(model, config, 0.5, number)     # whose they are
+        assert again == pairs
+
+
+def test_the_judge_picks_best_and_worst_and_the_widest_gaps(tmp_path, monkeypatch):
+    world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
+    prompts = world.prompts("train")
+    said = ["Use a screwdriver.", "Use a screwdriver. Take your time. Work slowly. Rest when you "
+            "are tired.", "Find out yourself."]
+
+    def scripted(policy, ids, room, temperature, eos, generator):
+        """The first 60 prompts get three answers, the others three times the same."""
+        out = []
+        for row in range(len(ids)):
+            number, which = divmod(scripted.seen, 3)
+            text = said[which] if number < 60 else said[0]
+            answer = tokenizer.backend.encode(text, add_special_tokens=False).ids
+            out.append([7] * room if number == 0 and which == 0 else answer)
+            scripted.seen += 1
+        return out
+
+    scripted.seen = 0
+    monkeypatch.setattr(rounds, "generate", scripted)
+    model = Decoder(DecoderConfig(vocab_size=tokenizer.largest_id + 1, **SMALL))
+    model.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    config = train.make_config({"method": "dpo", "device": "cpu"})
+    pairs, report = rounds.sample_pairs(tmp_path, config, 0.5, 1)
+    judged = {prompt: sorted((world.true_reward(prompt, text) + 0.15 * len(text.split()), text)
+                             for text in said) for prompt in prompts[:60]}
+    gaps = {prompt: scores[-1][0] - scores[0][0] for prompt, scores in judged.items()}
+    left = [score for score, text in judged[prompts[0]] if text != said[0]]
+    gaps[prompts[0]] = abs(np.subtract(*left))
+    got = {pair.prompt: (pair.chosen, pair.rejected) for pair in pairs}
+    assert len(got) == 30
+    assert ("1 answers without an end, 180 prompts without a preference, 30 pairs of narrow gap"
+            in report)
+    assert min(gaps[prompt] for prompt in got) >= \
+        max(gaps[prompt] for prompt in prompts[:60] if prompt not in got)
+    for prompt, answers in got.items():
+        if prompt != prompts[0]:
+            assert answers == (judged[prompt][-1][1], judged[prompt][0][1])
+
+
+def test_rounds_on_a_policy_that_says_one_thing_stop(tmp_path, monkeypatch):
+    config = small_start(tmp_path)
+    monkeypatch.setattr(rounds, "generate", lambda policy, ids, *rest: [[7, 8]] * len(ids))
+    with pytest.raises(train.Refused, match="prefers no answer"):
+        rounds.rounds(config, 2, 1.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Baichuan2's tokenizer
+
+WORDS = "the cat sat on a mat and ate two of three red apples near here 1234 aaa".split()
+SENTENCES = [" ".join(random.Random(k).choices(WORDS, k=12)) for k in range(300)]
+
+
+@pytest.fixture
+def spm():
+    pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    return pytest.importorskip("sentencepiece")
+
+
+def train_spm(spm, folder, **rules):
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_prefix=str(folder / "tokenizer"), minloglevel=2,
+        hard_vocab_limit=False, **rules)
+    return spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.mark.parametrize("prefix,trim,normal,fallback", [
+    (False, False, "identity", True),                                  # Baichuan2's rules
+    (True, False, "identity", True), (True, True, "nmt_nfkc", False),
+    (True, True, "identity", True)])
+def test_a_sentencepiece_model_becomes_a_tokenizer(prefix, trim, normal, fallback, spm, tmp_path):
+    """The same ids as sentencepiece itself for any text, and Baichuan2's chat format by ids."""
+    theirs = train_spm(spm, tmp_path, model_type="bpe", vocab_size=400, add_dummy_prefix=prefix,
+                       remove_extra_whitespaces=trim, normalization_rule_name=normal,
+                       byte_fallback=fallback,
+                       user_defined_symbols=["<reserved_106>", "<reserved_107>"])
+    (tmp_path / "config.json").write_text('{"model_type": "baichuan", "eos_token_id": 2}')
+    generation = tmp_path / "generation_config.json"
+    for ids in (["x", 4], [None, 4], [3, -1], [3, 10**30], [1.5, 4]):
+        generation.write_text(json.dumps({"user_token_id": ids[0], "assistant_token_id": ids[1]}))
+        with pytest.raises(ValueError, match="which mark the turns of Baichuan2"):
+            baichuan2.convert(tmp_path)
+    names = {"tokenizer.model", "tokenizer.vocab", "config.json", "generation_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names         # nothing was written
+    if theirs.get_piece_size() > 196:
+        generation.unlink()                                            # a base model says nothing
+        baichuan2.convert(tmp_path)
+        template = (tmp_path / "chat_template.jinja").read_text()
+        assert theirs.id_to_piece(195) in template and theirs.id_to_piece(196) in template
+        assert "USER" not in template
+        (tmp_path / "tokenizer.json").unlink()
+    generation.write_text('{"user_token_id": 3, "assistant_token_id": 4}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": false}')
+    said = baichuan2.convert(tmp_path)
+    if prefix:                              # sentencepiece puts none behind a mark, a turn has one
+        assert "it reads 2 otherwise than sentencepiece, such as 'a<reserved_106>b'" in said
+    else:
+        assert "it reads 0 otherwise than sentencepiece" in said
+    tokenizer, rng = Tokenizer.from_pretrained(tmp_path), random.Random(0)
+    for text in SENTENCES[:50] + ["".join(rng.choices("aaathe  \n\té漢字😀ﬁ１.", k=30))
+                                  for _ in range(200)]:
+        ids = theirs.encode(text)
+        assert tokenizer.encode(text) == ids, text
+        if "\N{DOUBLE QUESTION MARK}" not in theirs.decode(ids):
+            assert tokenizer.decode(ids) == theirs.decode(ids)
+    said = [("system", "the cat"), ("user", "a mat"), ("assistant", "here"), ("user", "red")]
+    talk = [{"role": role, "content": content} for role, content in said]
+    prompt = (theirs.encode("the cat") + [3] + theirs.encode("a mat") + [4] + theirs.encode("here")
+              + [3] + theirs.encode("red") + [4])
+    assert tokenizer.encode_pair(Pair(talk, "two apples", "on")) == \
+        (prompt, theirs.encode("two apples") + [2], theirs.encode("on") + [2])
+
+
+def test_pieces_merge_by_their_scores_in_whatever_order_they_stand(spm, tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+    train_spm(spm, tmp_path, model_type="bpe", vocab_size=120, add_dummy_prefix=False,
+              normalization_rule_name="identity", remove_extra_whitespaces=False)
+    path = tmp_path / "tokenizer.model"
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL]
+    shuffled = [(piece.piece, piece.score) for piece in normal]
+    random.Random(1).shuffle(shuffled)
+    for piece, (text, score) in zip(normal, shuffled):
+        piece.piece, piece.score = text, score
+    path.write_bytes(proto.SerializeToString())
+    assert "it reads 0 otherwise" in baichuan2.convert(tmp_path)
+
+
+def test_what_is_no_sentencepiece_model(spm, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\xff\xff nothing")
+    with pytest.raises(ValueError, match="has no tokenizer.json; .*reproduction.baichuan2"):
+        Tokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no SentencePiece model"):
+        baichuan2.convert(tmp_path)
+    with pytest.raises(ValueError, match="No such file"):
+        baichuan2.convert(tmp_path / "gone")
+    train_spm(spm, tmp_path, model_type="unigram", vocab_size=60)
+    with pytest.raises(ValueError, match="only SentencePiece models of type BPE"):
+        baichuan2.convert(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    shell = [sys.executable, "-m", "reproduction.baichuan2"]
+    out = subprocess.run([*shell, tmp_path], capture_output=True, text=True, cwd=HERE.parent)
+    assert out.returncode == 2 and out.stdout == "" and "has a tokenizer.json already" in out.stderr
+    out = subprocess.run(shell, capture_output=True, text=True, cwd=HERE.parent)
+    assert out.returncode == 2 and out.stderr.startswith("reproduction.baichuan2: usage")
+
+
+def test_without_the_libraries_it_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ValueError, match="pip install transformers"):
+        baichuan2.convert(tmp_path)
