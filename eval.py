@@ -7,9 +7,7 @@
     python eval.py runs/mine runs/dpo --answers FILE.jsonl    # for a judge, who adds scores; then
     python eval.py --scores FILE.jsonl                        # win/tie/lose by them
 
-Margins are 0.1 * h on held-out pairs, mean (standard deviation), against the start (SFT) and the
-other player (ENV); accuracy: share of h > 0 against the start. The rest: sampled answers (greedy:
-at temperature 0) to held-out prompts, win/tie/lose/bad against the start's.
+README.md ("Run it") says what the columns of the table mean.
 """
 
 import argparse
@@ -18,7 +16,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import dataclass
+from collections import namedtuple
 from operator import itemgetter
 from pathlib import Path
 
@@ -52,10 +50,9 @@ def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
     columns = []
     for _, batch in micro_batches(rows, max_tokens=1536):
-        logps = response_logps(model, batch.to(model.device))
-        columns.append(torch.stack(logps).cpu())                                    # (2, B)
+        columns.append(torch.stack(response_logps(model, batch.to(model.device))).cpu())    # (2, B)
         bar.update(len(batch))
-    return torch.cat(columns, dim=1)                                                # (2, n)
+    return torch.cat(columns, dim=1)
 
 
 def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
@@ -70,12 +67,11 @@ def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
 
 
 def ask(folder, tokenizer, prompts, rows, options):
-    """One model's answers (text, tokens) to prompts, and in an examination its greedy ones and its
-    log-probs of pairs. A prompt that leaves no room for an answer loses its left side."""
+    """One model's answers (text, tokens); in an examination also greedy ones and log-probs."""
     model = Decoder.from_pretrained(folder).to(find_device(options.device))
     context = model.config.max_position_embeddings
     limit = max(1, min(options.max_new_tokens, context // 2))
-    ids, room = [tokenizer.encode_prompt(prompt) for prompt in prompts], context - limit
+    ids, room = list(map(tokenizer.encode_prompt, prompts)), context - limit
     note = (f"{len(ids)} prompts: answers end at {limit} tokens, "
             f"{sum(len(prompt) > room for prompt in ids)} prompts cut on the left to {room} tokens")
     ids = [cut_left(prompt, room, tokenizer.bos_id) for prompt in ids]
@@ -88,42 +84,30 @@ def ask(folder, tokenizer, prompts, rows, options):
                        "cut_off": sum(tokens == limit for _, tokens in said["sampled"])}
 
 
-def ask_all(runs, options):
-    """The same questions to all models, one model at a time: (the safe world or None, what is
-    asked, the prompts, what `ask` returned by the names of run and model, notes)."""
-    world, name, pairs, notes = questions(runs, options)
-    prompts, results, judged = None, {}, options.task == "answers"
-    for run in runs:
-        rows, kept, note = encode_pairs(pairs, run.tokenizer, run.config["max_length"])
-        if not rows and options.data is not None:
-            raise ValueError(f"{options.data}: no usable pair is left: {note.splitlines()[0]}")
-        if prompts is None:                                        # the first run's, for all
-            distinct = list({json.dumps(pair.prompt): pair.prompt for pair in kept}.values())
-            limit = run.config["eval_prompts"] if options.prompts is None else options.prompts
-            prompts = (shuffled_prompts("test") if world else distinct)[:limit]
-        notes.append(note)
-        for label in ["protagonist"] if judged else run.models:
-            said = ask(run.models[label], run.tokenizer, prompts, [] if judged else rows, options)
-            results[run.name, label] = said
-            notes.append(said["note"])
-    return world, name, prompts, results, list(dict.fromkeys(notes))
-
-
 def questions(runs, options):
-    """(the safe world or None, what is examined, held-out pairs, notes on what was read)."""
+    """(the safe world or None, what is examined, prompts, each run's rows of pairs, notes)."""
     sources = {tuple(map(run.config.get, ("data", "held_out", "leave_out"))) for run in runs}
-    if options.data is not None:
-        sources = {(options.data, None, None)}
+    sources = sources if options.data is None else {(options.data, None, None)}
     if len(sources) > 1:
         raise ValueError("the runs were trained on different data; choose the pairs by --data")
     [(data, held_out, leave_out)] = sources
     if data is None:                                               # the same whatever the seed
-        world = SafeWorld()
-        return world, "the safe world, held-out prompts", world.exam_pairs("test", EXAM_PAIRS), []
-    training, pairs, note = load_data(data, held_out, leave_out)
-    if options.data is not None and Path(data).is_file():
-        return None, f"all pairs of {data}", training + pairs, [note]
-    return None, f"the held-out pairs of {held_out or data}", pairs, [note]
+        world, name, notes = SafeWorld(), "the safe world, held-out prompts", []
+        pairs = world.exam_pairs("test", EXAM_PAIRS)
+    else:
+        world, (training, pairs, note) = None, load_data(data, held_out, leave_out)
+        name, notes = f"the held-out pairs of {held_out or data}", [note]
+        if options.data is not None and Path(data).is_file():
+            name, pairs = f"all pairs of {data}", training + pairs
+    rows, kept, reports = zip(*(encode_pairs(pairs, run.tokenizer, run.config["max_length"])
+                                for run in runs))
+    if options.data is not None and not all(rows):
+        reason = reports[rows.index([])].splitlines()[0]
+        raise ValueError(f"{data}: no usable pair is left: {reason}")
+    distinct = list({json.dumps(pair.prompt): pair.prompt for pair in kept[0]}.values())
+    limit = runs[0].config["eval_prompts"] if options.prompts is None else options.prompts
+    prompts = (shuffled_prompts("test") if world else distinct)[:limit]
+    return world, name, prompts, rows, [*notes, *reports]
 
 
 def shuffled_prompts(split):
@@ -132,28 +116,31 @@ def shuffled_prompts(split):
 
 
 def examine(runs, options):
-    """Print a report on runs. The top of the file says what the numbers mean."""
-    world, name, prompts, results, notes = ask_all(runs, options)
-    reports, first = [], results[runs[0].name, "protagonist"]
-    for run in runs:
-        said, models = {label: results[run.name, label] for label in run.models}, {}
-        start, mu = said["SFT"], said["protagonist"]
+    """Print a report on runs."""
+    world, name, prompts, rows, notes = questions(runs, options)
+    results = [{label: ask(folder, run.tokenizer, prompts, pairs, options)
+                for label, folder in run.models.items()} for run, pairs in zip(runs, rows)]
+    named = {f"{run.name} {label}": model for run, said in zip(runs, results)
+             for label, model in said.items()}
+    reports, first = [], results[0]["protagonist"]
+    for run, said in zip(runs, results):
+        start, mu, models = said["SFT"], said["protagonist"], {}
         env = {"SFT": start, "protagonist": said.get("adversary", start), "adversary": mu}
         for label, model in said.items():
             margin, spread, accuracy = margins(model, start)
             margin_env, spread_env, _ = margins(model, env[label])
-            news = label != "SFT"                                  # against itself there is none
             models[label] = {
                 "margin_vs_sft": margin, "margin_vs_sft_std": spread, "margin_vs_env": margin_env,
-                "margin_vs_env_std": spread_env, "accuracy": accuracy if news else None,
-                **quality(model, prompts, world),
-                **compare(model, start, prompts, world if news else None)}
+                "margin_vs_env_std": spread_env, "accuracy": accuracy,
+                **quality(model, prompts, world), **compare(model, start, prompts, world)}
+        models["SFT"] |= dict.fromkeys(("accuracy", *OUTCOMES))    # against itself there is none
         reports.append({"name": run.name, "method": run.config["method"],
                         "seed": run.config["seed"], **models["protagonist"], "models": models})
         if run is not runs[0]:
             reports[-1]["first_against_this"] = compare(first, mu, prompts, world)
-    samples = [{"prompt": prompt, "answers": {" ".join(key): said["sampled"][number][0]
-                                              for key, said in results.items()}}
+    notes = [*dict.fromkeys([*notes, *(model["note"] for model in named.values())])]
+    samples = [{"prompt": prompt, "answers": {label: model["sampled"][number][0]
+                                              for label, model in named.items()}}
                for number, prompt in enumerate(prompts[:3])]
     report = {"data": name, "notes": notes, "prompts": len(prompts), "seed": options.seed,
               "temperature": options.temperature, "runs": reports, "samples": samples}
@@ -253,40 +240,39 @@ def converse(runs, options):
 # A judge from outside: a person, a reward model, another language model
 
 def write_answers(runs, options):
-    """Sampled answers of two protagonists to the same held-out prompts, a line each. Places a and b
-    are exchanged at random, but for the first line. The judge adds score_a and score_b."""
-    path = Path(options.answers)
+    """A line per prompt: two protagonists' answers, in random places but for the first line."""
+    path, folders = Path(options.answers), {run.models["protagonist"].resolve() for run in runs}
     if path.exists() or not path.parent.is_dir():
         raise ValueError(f"--answers {path} exists, or its folder does not; choose another name")
-    if len({run.models["protagonist"].resolve() for run in runs}) != 2 or options.prompts == 0:
+    if not len(runs) == len(folders) == 2 or options.prompts == 0:
         raise ValueError("--answers needs two different RUNs and some --prompts")
-    _, name, prompts, results, _ = ask_all(runs, options)
+    _, name, prompts, _, _ = questions(runs, options)
+    results = {run.name: ask(run.models["protagonist"], run.tokenizer, prompts, [], options)
+               for run in runs}
     exchange, lines = np.random.default_rng(options.seed).random(len(prompts)) < 0.5, []
     for number, prompt in enumerate(prompts):
-        places = [(run, said["sampled"][number][0]) for (run, _), said in results.items()]
+        places = [(run, said["sampled"][number][0]) for run, said in results.items()]
         (run_a, a), (run_b, b) = reversed(places) if number and exchange[number] else places
         line = {"prompt": prompt, "answer_a": a, "answer_b": b, "run_a": run_a, "run_b": run_b}
         lines.append(json.dumps(line) + "\n")
     replace_file(path, "".join(lines).encode())
-    for (run, _), said in results.items():
+    for run, said in results.items():
         print(f"{run}: {said['note']}; {said['cut_off']} answers were cut off there")
     print(f"wrote {len(lines)} prompts ({name}) with two answers each to {path}; add to "
           f"every line score_a and score_b, then: python eval.py --scores {path}")
 
 
 def compare_scores(_, options):
-    """Print what a judge's scores say. Where both scores are at most --bad it is a bad case. Else
-    the higher one wins, and a difference of at most --tie is a tie."""
-    scores, worst = read_scores(options.scores), -LIMIT if options.bad is None else options.bad
-    counts = tally([(*both, max(both) <= worst) for both in zip(*scores.values())], options.tie)
-    votes = counts["win"] + counts["lose"]
-    tail = sum(math.comb(votes, k) for k in range(min(counts["win"], counts["lose"]) + 1))
+    """Bad: both scores are at most --bad. Tie: they differ by at most --tie. Else one wins."""
+    scores, bad = read_scores(options.scores), -LIMIT if options.bad is None else options.bad
+    counts = tally([(a, b, max(a, b) <= bad) for a, b in zip(*scores.values())], options.tie)
+    votes, fewer = counts["win"] + counts["lose"], min(counts["win"], counts["lose"])
+    tail = sum(math.comb(votes, k) for k in range(fewer + 1)) / 2**votes
     runs = {run: {"mean_score": mean(some), "lowest": min(some), "highest": max(some), "bad_rate":
-                  None if options.bad is None else mean(score <= worst for score in some)}
+                  None if options.bad is None else mean(score <= bad for score in some)}
             for run, some in scores.items()}
-    report = {"prompts": sum(counts.values()), "tie_at_most": options.tie,
-              "bad_at_most": options.bad, **counts,
-              "p_sign_test": min(1.0, 2 * tail / 2**votes), "runs": runs}           # two-sided
+    report = {"prompts": sum(counts.values()), "tie_at_most": options.tie, "bad_at_most":
+              options.bad, **counts, "p_sign_test": min(1.0, 2 * tail), "runs": runs}  # two-sided
     if options.json:
         return print(json.dumps(report, indent=2))
     print(f"{report['prompts']} prompts judged; {' against '.join(runs)}, win/tie/lose/bad: "
@@ -298,20 +284,18 @@ def compare_scores(_, options):
 
 def read_scores(path):
     """{run: its scores, line by line} of a judged file of `write_answers`, for its two runs."""
-    scores = {}
+    lines = []
     for row, origin in read_rows(path):
         row = row if isinstance(row, dict) else {}
-        both = {str(row.get(f"run_{place}")): row.get(f"score_{place}") for place in "ab"}
-        scores = scores or {run: [] for run in both}
-        for run, score in both.items():
-            number = type(score) in (int, float) and abs(score) < LIMIT
-            if not number or len(both) != 2 or run not in scores or run == "None":
-                raise ValueError(f"{origin}: needs numbers score_a and score_b, and two runs' "
-                                 "names run_a and run_b, the same in all lines")
-            scores[run].append(score)
-    if not scores:
+        lines.append({str(row.get(f"run_{place}")): row.get(f"score_{place}") for place in "ab"})
+        scores = [score for score in lines[-1].values() if type(score) in (int, float)]
+        right = len(scores) == 2 and all(abs(score) < LIMIT for score in scores)
+        if not right or lines[-1].keys() != lines[0].keys() or "None" in lines[0]:
+            raise ValueError(f"{origin}: needs numbers score_a and score_b, and two runs' names "
+                             "run_a and run_b, the same in all lines")
+    if not lines:
         raise ValueError(f"{path}: holds no rows")
-    return scores
+    return {run: [line[run] for line in lines] for run in lines[0]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,26 +307,25 @@ COLORS = {"sft": "tab:gray", "protagonist": "tab:blue", "adversary": "tab:red"}
 
 
 def plot(_, options):
-    """A panel for every metric: a color for who trains, a line style for every run, and the first
-    run's turns behind. What is held out is of the protagonist, whoever trains."""
+    """A panel for every metric; a color for who trains, a line style for every run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot draws with matplotlib: pip install matplotlib") from None
-    runs, legend, image = {run: read_metrics(run) for run in options.runs}, {}, io.BytesIO()
-    names = [name for name in PANELS if any(name in row for rows in runs.values() for row in rows)]
-    figure = Figure((9, 1 + 2 * len(names)), layout="constrained")
+    styles = dict(zip(options.runs, itertools.cycle(["-", "--", ":", "-."])))
+    rows = [row for run in styles for row in read_metrics(run)]
+    names = [name for name in PANELS if any(name in row for row in rows)]
+    figure, legend, image = Figure((9, 1 + 2 * len(names)), layout="constrained"), {}, io.BytesIO()
     for axis, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
         scale = "log" if name == "ratio" else "linear"             # a few are in the thousands
         axis.set(ylabel=name, xlabel="step", yscale=scale, xmargin=0)
-        for (run, rows), style in zip(runs.items(), itertools.cycle(["-", "--", ":", "-."])):
-            rows = [row for row in rows if name in row]
-            for (_, player), turn in itertools.groupby(rows, itemgetter("iteration", "player")):
-                steps, values = zip(*map(itemgetter("step", name), turn))
-                legend[f"{run} {player}"], = axis.plot(
-                    steps, values, ".", ls=style, lw=1, ms=3, color=COLORS[player])
-                if run == options.runs[0]:
-                    axis.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=COLORS[player], alpha=0.1)
+        shown = [row for row in rows if name in row]
+        for (run, player), turn in itertools.groupby(shown, itemgetter("run", "player")):
+            steps, values = zip(*map(itemgetter("step", name), turn))
+            look = {"ls": styles[run], "lw": 1, "ms": 3, "color": COLORS[player]}
+            legend[f"{run} {player}"], = axis.plot(steps, values, ".", **look)
+            if run == options.runs[0]:                             # its turns, behind
+                axis.axvspan(steps[0] - 0.5, steps[-1] + 0.5, color=COLORS[player], alpha=0.1)
     figure.legend(legend.values(), legend, loc="outside upper center", ncols=2)
     figure.savefig(image, format=Path(options.plot).suffix[1:], dpi=120)
     replace_file(Path(options.plot), image.getvalue())
@@ -354,8 +337,8 @@ def read_metrics(run):
     path, rows = Path(run) / "metrics.jsonl", []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-            row["step"], row["iteration"], COLORS[row["player"]]   # must be there
+            row = {**json.loads(line), "run": run}
+            row["step"], COLORS[row["player"]]                     # must be there
             row["loss of sft" if row["player"] == "sft" else "loss"] = row.pop("loss")
             rows.append(row | {name: float(row[name]) for name in ("step", *PANELS) if name in row})
         except (ValueError, LookupError, TypeError, RecursionError):
@@ -368,36 +351,30 @@ def read_metrics(run):
 # --------------------------------------------------------------------------------------------------
 # Run folders, and the command line
 
-@dataclass
-class Run:
-    name: str
-    config: dict
-    models: dict                # label -> folder: SFT (the start), protagonist, perhaps adversary
-    tokenizer: Tokenizer
+Run = namedtuple("Run", "name config models tokenizer")            # models: {label: folder}
+READS = {**dict.fromkeys(("model", "data", "held_out", "leave_out"), str | None), "method": str,
+         **dict.fromkeys(("n_nu", "seed", "max_length", "eval_prompts"), int)}     # of config.json
 
-    @classmethod
-    def open(cls, folder, start=None):
-        """A run folder as train.py leaves it; `start`: what to measure against, if not its own."""
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            texts = {config["method"], config["model"], config["data"], config.get("held_out")}
-            counts = [config[name] for name in ("n_nu", "seed", "max_length", "eval_prompts")]
-            if not {*map(type, texts)} <= {str, type(None)} or {*map(type, counts)} != {int}:
-                raise ValueError
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{folder}: no run of train.py (no readable config.json)") from None
-        if not (folder / "protagonist").is_dir():
-            raise ValueError(f"{folder}: not finished; go on by train.py --out {folder} --resume")
-        own = folder / "sft"
-        start = find_source(start or (own if own.is_dir() else config["model"] or own))
-        if not start.is_dir():
-            raise ValueError(f"{folder}: its start {start} is not there; give it by --sft FOLDER")
-        models = {"SFT": start, "protagonist": folder / "protagonist"}
-        models |= {"adversary": folder / "adversary"} if config["n_nu"] else {}
-        tokenizer, other = map(Tokenizer.from_pretrained, (models["protagonist"], start))
-        if tokenizer.files["tokenizer.json"] != other.files["tokenizer.json"]:
-            raise ValueError(f"{start} has another tokenizer than {folder}; choose it by --sft")
-        return cls(str(folder), config, models, tokenizer)
+
+def open_run(folder, start):
+    """A run folder as train.py leaves it; `start`: what to measure against, if not its own."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not all(isinstance(config.get(name), kind) for name, kind in READS.items()):
+            raise ValueError
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise ValueError(f"{folder}: no run of train.py (no readable config.json)") from None
+    models = {"protagonist": folder / "protagonist"}
+    models |= {"adversary": folder / "adversary"} if config["n_nu"] else {}
+    if not all(map(Path.is_dir, models.values())):
+        raise ValueError(f"{folder}: not finished; go on by train.py --out {folder} --resume")
+    own = folder / "sft"
+    start = find_source(start or (own if own.is_dir() else config["model"] or own))
+    tokenizer, other = Tokenizer.from_pretrained(folder / "protagonist"), start / "tokenizer.json"
+    if not other.is_file() or other.read_bytes() != tokenizer.files["tokenizer.json"]:
+        raise ValueError(f"{folder}: its start {start} is not there, or has another tokenizer; "
+                         "choose it by --sft FOLDER")
+    return Run(str(folder), config, {"SFT": start, **models}, tokenizer)
 
 
 SAMPLING = {"runs", "temperature", "max_new_tokens", "seed", "device"}
@@ -454,15 +431,14 @@ def main(arguments=None):
         options = parse_arguments(arguments)
         folders = [] if options.task == "plot" else map(Path, options.runs)
         do, _ = TASKS[options.task]
-        do([Run.open(folder, options.sft) for folder in folders], options)
+        do([open_run(folder, options.sft) for folder in folders], options)
     except (ValueError, OSError) as error:                         # bugs raise other things
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")              # a terminal may lack a character
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    main()

@@ -2,9 +2,8 @@
 
 Reads top to bottom like the paper. The equations are pure functions of (B,) tensors: one number per
 preference pair (x, y_w, y_l). log pi(y|x) is the log-probability of a whole response, *summed* over
-its tokens (EOS included), in nats. Nothing here averages over the batch: losses return (B,), and
-the caller takes the mean that the paper writes as an expectation. Eq. 2 to 4, 9 and 10 motivate the
-others and compute nothing.
+its tokens (EOS included), in nats. Losses return (B,): the caller takes the mean that the paper
+writes as an expectation. Eq. 2 to 4, 9 and 10 motivate the others and compute nothing.
 
 Symbols          here
 pi_mu, pi_nu     the protagonist mu and the adversary nu, two language models that train in turns
@@ -28,22 +27,18 @@ import torch.nn.functional as F
 def preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
     """Implicit-reward margin beta * h = r(x, y_w) - r(x, y_l), shape (B,).
 
-    Eq. 5 gives r(x, y) = beta * log(pi / pi_ref) + beta * log Z(x). Z(x) is the same for both
-    responses and cancels. The protagonist's reference is the adversary (Eq. 9), the adversary's
-    the protagonist (Algorithm 1, line 9).
+    Eq. 5 gives r(x, y) = beta * log(pi / pi_ref) + beta * log Z(x), whose Z(x) cancels. The
+    protagonist's reference is the adversary (Eq. 9) and the reverse (Algorithm 1, line 9).
     """
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps)              # Eq. 5, without log Z
-    rejected_rewards = beta * (rejected_logps - ref_rejected_logps)        # Eq. 5, without log Z
-    return chosen_rewards - rejected_rewards
+    return beta * (chosen_logps - ref_chosen_logps) - beta * (rejected_logps - ref_rejected_logps)
 
 
 def preference_probability(margin, ratio=None):
     """Q(y_w > y_l | x), the Bradley-Terry probability of preferring y_w, shape (B,).
 
-    With the (clipped) ratio r it is Eq. 13, which may exceed 1: a value to look at, no probability
-    and no part of the loss. Mended: Eq. 1's second line has the sign reversed and a stray log, and
-    Eq. 2 repeats the sign. Eq. 13 says Q_mu = -Q_nu of two positive numbers: the sign is the
-    payoff's.
+    With the (clipped) ratio r it is Eq. 13, which may exceed 1 and is no part of the loss.
+    Mended: Eq. 1's second line has the sign reversed and a stray log, and Eq. 2 repeats the sign.
+    Eq. 13 says Q_mu = -Q_nu of two positive numbers: the sign is the payoff's.
     """
     q = torch.sigmoid(margin)                                              # Eq. 1, Eq. 6
     return q if ratio is None else q / ratio                               # Eq. 13
@@ -102,14 +97,12 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     Mended: Eq. 14 prints pi_mu(y_w) in both numerators, which makes the gradient exactly zero; the
     second is pi_mu(y_l), as in Eq. 15. The text "maximizes" (14): it is a loss.
     """
-    if ratio == "length_normalized" and rejected_lengths is None:
-        raise ValueError('ratio "length_normalized" needs rejected_lengths, tokens of each y_l')
     numerators = {"sequence": rejected_logps, "length_normalized": rejected_logps,
                   "env": env_chosen_logps, "one": env_rejected_logps}
-    if ratio not in numerators:
-        raise ValueError(f"ratio must be one of {', '.join(numerators)}, not {ratio!r}")
     lengths = rejected_lengths if ratio == "length_normalized" else None
-
+    if ratio not in numerators or ratio == "length_normalized" and lengths is None:
+        raise ValueError(f"ratio must be one of {', '.join(numerators)}, not {ratio!r}; "
+                         "length_normalized needs rejected_lengths, the tokens of each y_l")
     r = importance_ratio(numerators[ratio], env_rejected_logps, lengths)                  # Eq. 11
     r = clip_ratio(r, eps, clip)                                                          # Eq. 12
     margin = beta * (chosen_logps - env_chosen_logps) - beta * (rejected_logps - env_rejected_logps)
@@ -169,9 +162,8 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def kto_pair_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     """Mean of a pair's chosen and rejected KTO-pair term (Ethayarajh et al., 2402.01306), (B,).
 
-    The one loss that couples pairs: each half is measured from the *other* half's batch mean of
-    rho, floored at 0 and not detached (TRL v0.7.8 to v0.9.4). So the whole optimiser batch must
-    come in one call.
+    Each half is measured from the *other* half's batch mean of rho, floored at 0 and not detached
+    (TRL v0.7.8 to v0.9.4). So the whole optimiser batch must come in one call.
     """
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
@@ -183,10 +175,7 @@ def kto_pair_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_l
 
 
 def sft_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, chosen_lengths):
-    """Negative log-likelihood of the chosen response, a mean over its tokens, shape (B,).
-
-    Reads neither the rejected response nor the reference: they complete the signature.
-    """
+    """Negative log-likelihood of the chosen response, mean over its tokens: (B,). No reference."""
     return -chosen_logps / chosen_lengths
 
 
@@ -195,9 +184,8 @@ def aipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     """Agreement-aware iterative preference optimization (AIPO, arXiv 2409.08845), shape (B,).
 
     -log sigmoid(beta * D - (1 + alpha) * beta * D_ref) - lam / |y_w| * log pi(y_w), where D is
-    log pi(y_w) - log pi(y_l) and D_ref the reference's. Log-probabilities are sums inside the
-    sigmoid, a per-token mean in the second term. alpha > 0 asks for a larger margin where the
-    reference agrees with the label. alpha = lam = 0 is DPO.
+    log pi(y_w) - log pi(y_l) and D_ref the reference's. alpha > 0 asks for a larger margin where
+    the reference agrees with the label. alpha = lam = 0 is DPO.
     """
     logits = chosen_logps - rejected_logps
     ref_logits = ref_chosen_logps - ref_rejected_logps

@@ -54,9 +54,8 @@ class Decoder(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, input_ids, positions=None, attention_mask=None):
-        """Logits (B, T, V) for input_ids (B, T). `positions` (B, T) default to 0, 1, 2, ...;
-        `attention_mask` is boolean, True = may attend, (B, T) over keys or (B, T, T), and is
-        intersected with the causal mask."""
+        """Logits (B, T, V). `positions` (B, T) default to 0, 1, 2, ...; `attention_mask` is
+        boolean, True = may attend, (B, T) over keys or (B, T, T), beside the causal mask."""
         B, T = input_ids.shape
         if positions is None:
             positions = torch.arange(T, device=input_ids.device).expand(B, T)
@@ -65,22 +64,17 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head())
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
-        """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or a
-        tensor of indices.
-
-        `attend(layer, q, k, v)` is given each layer's queries (B, T, H, d), keys and values
+        """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or
+        indices. `attend(layer, q, k, v)` is given queries (B, T, H, d), keys and values
         (B, T, K, d), rotated, and returns what the queries read. In the last layer there are
-        queries at the wanted places alone, (B, Q, H, d): nobody reads the others.
-        """
+        queries at the wanted places alone, (B, Q, H, d): nobody reads the others."""
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                      # (B, T, D)
         for layer, block in enumerate(self.model.layers):
             last = layer == len(self.model.layers) - 1
             inputs = x, cos, sin, functools.partial(attend, layer), wanted if last else slice(None)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, *inputs)
-            else:
-                x = block(*inputs)
+            again = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = recomputed(block, *inputs) if again else block(*inputs)
         return self.model.norm(x)
 
     def head(self):
@@ -94,7 +88,7 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Read a Hugging Face folder; weights become float32. ValueError where it cannot."""
+        """Read a Hugging Face folder; weights become float32. ValueError where it cannot be."""
         return load_model(folder)
 
     def save_pretrained(self, folder):
@@ -153,8 +147,8 @@ class MLP(nn.Module):
 
 
 def rotary(positions, config):
-    """cos and sin of the rotary angles, each (B, T, 1, d), float32. Both halves of d turn by the
-    same angles; the sines of the first half are negated, as `rotate` wants them."""
+    """cos and sin of the angles, the same in both halves of d, each (B, T, 1, d), float32. The
+    sines of the first half are negated, as `rotate` wants them."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1 / config.rope_theta ** powers                                   # (d/2)
     if config.rope_scaling is not None:
@@ -203,9 +197,8 @@ def attention(q, k, v, mask):
 
 
 def causal(attention_mask, T):
-    """(B, T) or (B, T, T) boolean, or None, to a mask of `attention`, (B, 1, T, T) or
-    None. Every position sees itself, so that no row of the softmax is empty; what a padding
-    position computes is read by nobody."""
+    """(B, T) or (B, T, T) boolean, or None, to a mask of `attention`, (B, 1, T, T) or None. Every
+    position sees itself: no row of the softmax is empty, and nobody reads what padding computes."""
     if attention_mask is None:
         return None
     if attention_mask.dtype != torch.bool:
@@ -241,11 +234,9 @@ def attend_pairs(masks, answers, layer, q, k, v):
 def sequence_logps(logits, targets, mask):
     """log pi of the masked tokens of each row, summed, in nats: (B,), float32.
 
-    logits   (B, T, V) of any model
-    targets  (B, T) the token that follows each place: the caller has shifted them,
-             logits[:, :-1] go with input_ids[:, 1:]
-    mask     (B, T) boolean, True where the target is a token of the response (its EOS included);
-             what the logits are elsewhere does not matter
+    logits   (B, T, V) of any model; where the mask is False they do not matter
+    targets  (B, T) what follows each place, shifted: logits[:, :-1] go with input_ids[:, 1:]
+    mask     (B, T) boolean, True where the target is a token of the response (its EOS included)
     """
     if mask.dtype != torch.bool or not logits.shape[:2] == targets.shape == mask.shape:
         raise ValueError("needs logits (B, T, V), targets (B, T) and a boolean mask (B, T), not "
@@ -293,33 +284,32 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     of new ids, without prompt and EOS. `eos_id` is an int or several; temperature 0 takes the
     likeliest token. Random draws come from `generator`, a torch.Generator on the model's device.
     """
-    if not all(prompts):
-        raise ValueError("a prompt without tokens cannot be continued")
-    if min(temperature, max_new_tokens) < 0:
-        raise ValueError("temperature and max_new_tokens must be at least 0")
-    if not prompts or max_new_tokens == 0:
-        return [[] for _ in prompts]
-    device = model.device
+    if not all(prompts) or min(temperature, max_new_tokens) < 0:
+        raise ValueError("a prompt needs tokens; temperature and max_new_tokens are at least 0")
+    if not prompts:
+        return []
+    device, head = model.device, model.head()                                       # head (V, D)
     stop = torch.as_tensor(eos_id, device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)      # (B,)
-    longest = int(lengths.max())
-    padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]   # end together
-    ids = torch.tensor(padded, device=device)                                       # (B, T)
-    place = torch.arange(longest + max_new_tokens, device=device)
-    positions = place - (longest - lengths)[:, None]               # (B, S), negative in the padding
-    head = model.head()                                                             # (V, D)
-    dtype = next(model.parameters()).dtype
-    cache = KVCache(model.config, len(prompts), len(place), device, dtype)
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * left + list(prompt) for left, prompt in zip(padding, prompts)],
+                       device=device)                              # (B, T), all end together
+    positions = torch.arange(longest + max_new_tokens, device=device) \
+        - torch.tensor(padding, device=device)[:, None]            # (B, S), negative in the padding
+    mask = causal(positions[:, :longest] >= 0, longest)                             # (B, 1, T, T)
+    cache = {}                                                     # layer -> keys, values so far
+
+    def attend(layer, q, k, v):
+        if layer in cache:
+            k, v = (torch.cat(parts, dim=1) for parts in zip(cache[layer], (k, v)))  # (B, S, K, d)
+        cache[layer] = k, v
+        return attention(q, k, v, mask[:, :, -q.shape[1]:])
 
     answers = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)              # the prompt that a row continues
-    mask = causal(positions[:, :longest] >= 0, longest)                             # (B, 1, T, T)
-
-    def attend(layer, q, k, v):
-        return attention(q, *cache.append(layer, k, v), mask[:, :, -q.shape[1]:])
-
-    hidden = model.hidden(ids, positions[:, :longest].clamp(min=0), attend, slice(-1, None))
-    for end in range(longest, longest + max_new_tokens):           # `end` tokens are in the cache
+    for end in range(longest, longest + max_new_tokens):           # ids end at place `end`
+        places = positions[:, end - ids.shape[1]:end].clamp(min=0)
+        hidden = model.hidden(ids, places, attend, slice(-1, None))                 # (B, 1, D)
         logits = F.linear(hidden[:, -1], head).float()                              # (B, V)
         if temperature == 0:
             next_ids = logits.argmax(dim=-1)                                        # (B,)
@@ -330,36 +320,13 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
         going = ~torch.isin(next_ids, stop)                                         # (B,)
         if not going.all():                                        # finished rows leave the batch
             alive, next_ids, positions = alive[going], next_ids[going], positions[going]
-            cache.keep(going)
+            cache = {layer: (k[going], v[going]) for layer, (k, v) in cache.items()}
         for row, token in zip(alive.tolist(), next_ids.tolist()):
             answers[row].append(token)
-        if len(alive) == 0 or end + 1 == longest + max_new_tokens:
+        if len(alive) == 0:
             break
-        mask = (positions[:, :end + 1] >= 0)[:, None, None]                         # (B, 1, 1, S)
-        hidden = model.hidden(next_ids[:, None], positions[:, end:end + 1], attend)
+        ids, mask = next_ids[:, None], (positions[:, :end + 1] >= 0)[:, None, None]  # (B, 1, 1, S)
     return answers
-
-
-class KVCache:
-    """Keys and values of every layer for B rows, allocated once; `keep` drops finished rows."""
-
-    def __init__(self, config, rows, length, device, dtype):
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = 2, layers, rows, length, heads, config.head_dim                     # two of these
-        self.keys, self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.filled = 0
-
-    def append(self, layer, k, v):
-        """Store keys and values (B, T, K, d) of the next tokens; returns all, (B, S, K, d)."""
-        end = self.filled + k.shape[1]
-        self.keys[layer, :, self.filled:end] = k
-        self.values[layer, :, self.filled:end] = v
-        if layer == len(self.keys) - 1:
-            self.filled = end
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
-
-    def keep(self, rows):
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
 
 def find_device(name):
@@ -367,9 +334,7 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(name).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("only cpu, cuda and mps are known")
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -390,8 +355,7 @@ class Family:
 
 PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "W_pack")
 FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(qkv_bias=True),
-            "qwen3": Family(qk_norm=True),
-            "baichuan": Family(norm_head=True, stored=PACKED)}      # Baichuan2-7B
+            "qwen3": Family(qk_norm=True), "baichuan": Family(norm_head=True, stored=PACKED)}
 ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = {"default": (), "linear": ("factor",),                 # and the numbers they need
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)}
@@ -450,9 +414,9 @@ class DecoderConfig:
             refuse_unsupported(raw, source.get("sliding_window", 4096))     # transformers' default
             scaling = {name: raw.get(name) for name in ROPE_TYPES[raw["rope_type"]]}
             raw["rope_scaling"] = {"rope_type": raw["rope_type"], **scaling} if scaling else None
-            known = {**raw, "source": source}
-            return cls(**{each.name: known.get(each.name) for each in fields(cls)
-                          if each.name in known or each.default is MISSING})    # then it is None
+            raw["source"] = source
+            return cls(**{each.name: raw.get(each.name) for each in fields(cls)
+                          if each.name in raw or each.default is MISSING})      # then it is None
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -493,9 +457,8 @@ def refuse_unsupported(raw, window):
     if kind == "baichuan":
         # the first generation has W_pack and a plain head: its class or its vocabulary tells
         first = "BaiChuan" in json.dumps(raw) or raw.get("vocab_size") == 64000
-        first = first and "z_loss_weight" not in raw
         turned = raw["rope_type"] != "default" or raw.get("rope_theta", 10000.0) != 10000.0
-        if first or turned or positions == math.inf:
+        if first and "z_loss_weight" not in raw or turned or positions == math.inf:
             raise ValueError("of Baichuan only Baichuan2-7B is computed here, neither the first "
                              "generation, nor 13B (which has ALiBi), nor other rotary positions")
     slides = kind == "mistral"                                      # does any layer?
@@ -516,10 +479,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def load_model(folder):
-    """A Decoder from a Hugging Face folder. ValueError with one sentence where it cannot be.
-
-    Besides the model no more than one tensor is in memory, the largest first, while there is room.
-    """
+    """Besides the model one tensor at most is in memory, the largest first, while there is room."""
     folder = Path(folder)
     config = DecoderConfig.from_json(folder / "config.json")
     with torch.device("meta"):                          # no memory until the checkpoint's tensors
@@ -535,19 +495,17 @@ def load_model(folder):
     for name in sorted(table, key=lambda name: -sum(shapes[part].numel() for part in table[name])):
         rows = [shapes[part][0] for part in table[name]]
         shape = sum(rows), *shapes[table[name][0]][1:]
-        pieces = read_tensor(files[name], name, shape).split(rows)
-        for part, piece in zip(table[name], pieces):
+        # the tensor has no name here, so that its file is closed before the next one is read
+        for part, piece in zip(table[name], read_tensor(files[name], name, shape).split(rows)):
             piece = piece.to(torch.float32, copy=True)
             if not torch.equal(piece, weights.setdefault(part, piece)):
                 raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their "
                                  "weights differ")
-        del pieces                                      # with them the file is closed
     model.load_state_dict(weights, assign=True)
     return model
 
 
 def save_model(model, folder):
-    """A Hugging Face folder, under the names that transformers knows, in shards if it is large."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights, table = model.state_dict(), checkpoint_names(model)
@@ -566,15 +524,13 @@ def save_model(model, folder):
         save_file(tensors, folder / f"{shard}.partial", metadata={"format": "pt"})
         (folder / f"{shard}.partial").replace(folder / shard)
         index |= dict.fromkeys(names, shard)
-    written = {*index.values()}
+    for path in folder.glob("model*.safetensors*"):     # of an earlier save, in other shards
+        if path.name not in index.values():
+            path.unlink()
     if count > 1:
-        written.add(f"{SINGLE}.index.json")
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         content = json.dumps(content, indent=2) + "\n"
         (folder / f"{SINGLE}.index.json").write_text(content, encoding="utf-8")
-    for path in folder.glob("model*.safetensors*"):     # of an earlier save, in other shards
-        if path.name not in written:
-            path.unlink()
     model.config.to_json(folder / "config.json", next(model.parameters()).dtype)
 
 
@@ -593,14 +549,14 @@ def tensor_files(folder):
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise ValueError(f"{folder}: has neither {SINGLE} nor {SINGLE_BIN}, nor an index of one")
-    names = [path.name]
+    shards = [path.name]
     if path.suffix == ".json":
         table, suffix = read_file(path).get("weight_map"), path.suffixes[0]
-        names = sorted({*map(str, table.values())}) if isinstance(table, dict) else [""]
-        if not all(Path(name).name == name and name.endswith(suffix) for name in names):
+        shards = sorted({*map(str, table.values())}) if isinstance(table, dict) else [""]
+        if not all(Path(shard).name == shard and shard.endswith(suffix) for shard in shards):
             raise ValueError(f"{path}: must map tensors to {suffix} files of this folder")
     files = {}
-    for path in (folder / name for name in names):
+    for path in (folder / shard for shard in shards):
         for name in map(str, read_file(path)):
             if name in files:
                 raise ValueError(f"{path}: tensor {name} is in another shard too")
@@ -612,11 +568,11 @@ def tensor_files(folder):
 def read_tensor(path, name, shape):
     """One tensor, checked. The file is opened for it alone: while open, all that was read stays."""
     tensor = read_file(path, name)
-    if tensor.dtype not in DTYPES or tensor.shape != shape:
-        raise ValueError(f"{path}: tensor {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
-                         f"but config.json says {tuple(shape)}; quantised weights are not read")
-    if not torch.stack(tensor.aminmax()).float().isfinite().all():
-        raise ValueError(f"{path}: tensor {name} holds values that are not finite")
+    if not (tensor.dtype in DTYPES and tensor.shape == shape
+            and torch.stack(tensor.aminmax()).float().isfinite().all()):
+        raise ValueError(f"{path}: tensor {name} must hold finite numbers of shape {tuple(shape)}, "
+                         f"as config.json says, not quantised; it is {tensor.dtype} of shape "
+                         f"{tuple(tensor.shape)}")
     return tensor
 
 
@@ -632,10 +588,10 @@ def read_file(path, name=None):
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, nothing under names")
-        if path.suffix != ".json" and not all(
-                isinstance(value, torch.Tensor) and value.layout == torch.strided
-                and not value.is_meta for value in content.values()):
-            raise ValueError("it holds other things than plain tensors")
+        plain = name is None or isinstance(content[name], torch.Tensor) and \
+            content[name].layout == torch.strided and not content[name].is_meta
+        if not plain:
+            raise ValueError(f"its {name} is no plain tensor")
         return content if name is None else content[name]
     except Exception as error:                          # a damaged pickle raises anything
         reason = str(error).split("\n")[0] or type(error).__name__

@@ -1186,6 +1186,11 @@ def instead(name, content):
     return damage
 
 
+def bin_with(changes):
+    return lambda folder: instead(BIN, safetensors.torch.load_file(folder / WEIGHTS) | changes)(
+        folder)
+
+
 def truncated(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-50])
 
@@ -1269,14 +1274,14 @@ BROKEN_MODELS = {
     "no key norm": (config(model_type="qwen3", sliding_window=None),
                     "tensor model.layers.0.self_attn.k_norm.weight is missing"),
     "unexpected": (weights(lambda t: t.update(extra=torch.ones(1))), "tensor extra is not part"),
-    "other size": (config(vocab_size=54), "of shape (53, 32), but config.json says (54, 32)"),
+    "other size": (config(vocab_size=54), "shape (54, 32), as config.json says"),
     "quantised": (weights(lambda t: t.update({"model.norm.weight": torch.ones(32).char()})),
-                  "model.norm.weight is torch.int8"),
+                  "not quantised; it is torch.int8"),
     "not a number": (weights(lambda t: t["model.norm.weight"].fill_(float("nan"))),
-                     "model.norm.weight holds values that are not finite"),
+                     "model.norm.weight must hold finite numbers"),
     "too large for float32": (weights(lambda t: t.update(
         {"lm_head.weight": t["lm_head.weight"].double() * 1e300})),
-        "lm_head.weight holds values that are not finite"),
+        "lm_head.weight must hold finite numbers"),
     "two heads": (two_heads, "but their weights differ"),
     "a tensor twice": (twice, "tensor model.norm.weight is in another shard too"),
     # files
@@ -1292,9 +1297,9 @@ BROKEN_MODELS = {
                              "model-1.safetensors: cannot be read"),
     "a bin of code": (instead(BIN, {"a": Malicious()}), "pytorch_model.bin: cannot be read"),
     "a bin of a list": (instead(BIN, [1]), "cannot be read (it holds a list"),
-    "a bin of numbers": (instead(BIN, {"a": 1}), "it holds other things than plain tensors"),
-    "a sparse bin": (instead(BIN, {"a": torch.eye(2).to_sparse()}),
-                     "it holds other things than plain tensors"),
+    "a bin of numbers": (bin_with({"model.norm.weight": 1}), "its model.norm.weight is no plain"),
+    "a sparse bin": (bin_with({"lm_head.weight": torch.ones(53, 32).to_sparse()}),
+                     "its lm_head.weight is no plain tensor"),
 }
 
 
@@ -1409,7 +1414,7 @@ def test_readers(tmp_path, suffix):
 GOOD = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}).encode()
 BAD_FILES = {
     "missing": ("nothing.jsonl", None, "No such file"),
-    "suffix": ("pairs.csv", b"a,b", "unknown kind of data file; the name must end in .json, "),
+    "suffix": ("pairs.csv", b"a,b", ": the name must end in .json, .jsonl, .jsonl.gz (pairs: or "),
     "empty": ("pairs.jsonl", b"", "holds no rows"),
     "empty list": ("pairs.json", b"[]", "holds no rows"),
     "no list": ("pairs.json", b'{"chosen": 1}', "must hold a JSON list"),
@@ -2765,7 +2770,7 @@ DAMAGES = {
     "a wrong type": (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
     "a truth for a number": (lambda run: edit_json(run / "config.json", n_mu=True), "--n-mu"),
     "out of range": (lambda run: edit_json(run / "config.json", eps=2), "--eps"),
-    "a shorter run": (lambda run: edit_json(run / "config.json", n_iter=1), "step 14"),
+    "a shorter run": (lambda run: edit_json(run / "config.json", n_iter=1), "state.pt"),
     "half a checkpoint": (lambda run: cut(run / "checkpoint/state.pt", 5000), "state.pt"),
     "another checkpoint": (lambda run: torch.save([1], run / "checkpoint/state.pt"), "state.pt"),
     "a checkpoint of another model": (lambda run: torch.save(
@@ -2792,13 +2797,13 @@ OLDER = {"of the last version": {"rounds": 0, "candidates": 5, "keep": 1.0, "hel
 
 @pytest.mark.parametrize("name", OLDER)
 def test_runs_of_earlier_versions_are_refused(name, unfinished, capsys):
-    """In one sentence that names the options (...: taken away) and says what to do."""
+    """In one sentence that says what to do; ...: an option taken away."""
     config = {**json.loads((unfinished / "config.json").read_text()), **OLDER[name]}
     (unfinished / "config.json").write_text(json.dumps(
         {key: value for key, value in config.items() if value is not ...}))
     before = contents(unfinished)
     said = refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
-    assert "another version" in said and ", ".join(sorted(OLDER[name])) in said
+    assert "this version" in said
     assert contents(unfinished) == before
 
 
@@ -2809,7 +2814,7 @@ def test_other_pairs_are_noticed(split, unfinished, monkeypatch, capsys):
     monkeypatch.setattr(SafeWorld, "pairs", lambda world, name, n: pairs(world, name, n)[
         ::-1 if name == split else 1])
     said = refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
-    assert "not those the run began with" in said
+    assert "does not fit the pairs" in said
 
 
 def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
@@ -2958,19 +2963,19 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
     for flags, words in (
             ("--model model --data bad.jsonl", "bad.jsonl, line 2: has no rejected"),
             ("--model model --data gone.json", "gone.json"),
-            ("--model model --data same.jsonl", "same.jsonl: no usable pair is left"),
+            ("--model model --data same.jsonl", "no usable pair is left"),
             ("--model model --data talk.jsonl", "talk.jsonl, line 1: the data are chat messages"),
             ("--model empty --data good.jsonl", "empty"),
             ("--model ./gone --data good.jsonl", "gone"),
-            ("--model small --data good.jsonl", "the embeddings have only 20 rows"),
+            ("--model small --data good.jsonl", "more ids than the embeddings, 20"),
             ("--model stop --data good.jsonl", "99999"),
             ("--model less --data good.jsonl", "eos_token_id"),
             ("--model model --data good.jsonl --max-length 129", "model's 128 positions"),
             ("--model model --data good.jsonl --held-out bad.jsonl", "bad.jsonl, line 2"),
             ("--model model --data good.jsonl --held-out gone.jsonl", "gone.jsonl"),
-            ("--model model --data good.jsonl --look-every 1", "--look-every has no held-out"),
+            ("--model model --data good.jsonl --look-every 1", "pair is left to train on, or"),
             ("--model model --data good.jsonl --held-out same.jsonl --look-every 1",
-             "--look-every has no held-out"),
+             "for --look-every, as counted"),
             ("--model model --data good.jsonl --leave-out toxic", "'toxic'")):
         assert words in refused(train.main, flags.split(), capsys), flags
     (tmp_path / "model/tokenizer.json").write_text("{}")
@@ -3573,7 +3578,7 @@ def test_algorithm_1_stands_at_the_head_of_train_and_on_one_screen():
 
 def test_the_five_rooms_do_not_grow():
     counts = {room: len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS}
-    assert sum(counts.values()) <= 2600, counts
+    assert sum(counts.values()) <= 2470, counts
 
 
 def test_no_line_is_over_100_characters():

@@ -5,9 +5,8 @@
     python train.py --model MODEL --data DATA --out runs/mine     # paths, or names on the hub
     python train.py --out runs/mine --resume              # goes on where a killed run stopped
 
-One loop serves every method: a method is a loss and a schedule. Whose turn it is and which pairs a
-step sees follow from the step's number and the seed alone, so a checkpoint is the players: their
-weights, their optimisers' moments, and how many steps each has made.
+A method is a loss and a schedule. Whose turn it is and which pairs a step sees follow from the
+step's number and the seed, so a checkpoint is the players: weights, moments, steps made.
 """
 
 import argparse
@@ -33,7 +32,8 @@ from model import Decoder, DecoderConfig, find_device, response_logps
 def option(default, help, **more):
     """A field of Config. `more`: choices; least, above, below; for None the defaults world, own."""
     shown = "{world} in the safe world, with --data {own}" if "world" in more else str(default)
-    help += f" (default {shown.format(**more)})"
+    limits = [f"; {name} {more[name]}" for name in ("least", "above", "below") if name in more]
+    help += f" (default {shown.format(**more)}{''.join(limits)})"
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -108,10 +108,8 @@ def train(job, look=None):
 
 
 def optimizer_step(agent, env, rows, config):
-    """One step of AGENT on the mean loss over `rows`, with ENV frozen. Returns the metrics.
-
-    The gradient is that of the mean over all rows, in however many micro-batches they come. ENV
-    reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
+    """One step of AGENT on the mean loss over all `rows`, in micro-batches, with ENV frozen.
+    ENV reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
     seen = []
     for _, batch in micro_batches(rows, config.micro_tokens):
         batch, env_logps = batch.to(agent.model.device), (None, None)
@@ -130,9 +128,8 @@ def optimizer_step(agent, env, rows, config):
 class Player:
     """A model, its optimiser, the pairs as it reads them, and how many steps it has made.
 
-    AdamW at a constant rate, without decay; moments are kept across turns. Every player has a
-    stream of pairs of its own, so that the protagonist sees the same ones whatever nu does. SFT
-    reads the chosen answers alone."""
+    AdamW at a constant rate, without decay; moments are kept across turns. Every player has its own
+    stream of pairs: mu sees the same ones whatever nu does. SFT reads the chosen answers alone."""
 
     def __init__(self, model, rows, loss, lr, config, sign=+1):
         self.model, self.loss, self.sign, self.config = model, loss, sign, config
@@ -157,8 +154,7 @@ class Player:
         """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not norm.isfinite():
-            raise FloatingPointError("the gradient is not finite, so the run stops before this "
-                                     "step; try a smaller --lr")
+            raise FloatingPointError("the gradient is not finite; try a smaller --lr")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -178,10 +174,7 @@ def keywords(loss):
 
 
 def measure(loss, config, losses, chosen, rejected, env_chosen, env_rejected, lengths):
-    """What metrics.jsonl says of a step, before its update, from AGENT's side: means over pairs.
-    margin is beta * h against ENV, accuracy the share of h > 0, ratio Eq. 11's before Eq. 12,
-    clipped the share that Eq. 12 changes, log_ratio rho(y_l), guarded where its exp is 0 or inf.
-    """
+    """A step's row of metrics.jsonl, from AGENT before its update; README.md says what each is."""
     metrics = {"loss": losses.mean(), "chosen_logps": chosen.mean()}
     logps = chosen, rejected, env_chosen, env_rejected
     if loss != "sft":
@@ -201,12 +194,12 @@ def measure(loss, config, losses, chosen, rejected, env_chosen, env_rejected, le
 
 def begin(job):
     """Both players start at the SFT model, which is saved where it is nowhere else on disk."""
-    config, mu = job.config, job.players["protagonist"]
-    job.players["adversary"].model.load_state_dict(mu.model.state_dict())
-    job.players["sft"].optimizer.state.clear()
-    if config.sft_steps or config.model is None:
-        save_player(Path(config.out) / "sft", mu, job.tokenizer)
-    if config.look_every:
+    sft, nu = job.players["sft"], job.players["adversary"]
+    nu.model.load_state_dict(sft.model.state_dict())
+    sft.optimizer.state.clear()
+    if job.config.sft_steps or job.config.model is None:
+        save_player(Path(job.config.out) / "sft", sft, job.tokenizer)
+    if job.config.look_every:
         job.start = held_out_logps(job)
 
 
@@ -229,145 +222,6 @@ def held_out_logps(job):
 
 
 # --------------------------------------------------------------------------------------------------
-# Setting up: all that can be wrong with data, model and options is found before a file is written
-
-WORLD_PAIRS, LOOKED_AT = 3000, 200
-WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, head_dim=16,
-                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-
-
-class Refused(ValueError):
-    """Input or options that cannot be used; the message is one sentence."""
-
-
-@dataclasses.dataclass
-class Job:
-    config: Config
-    tokenizer: Tokenizer
-    players: dict                       # "sft" and "protagonist", of one model, and "adversary"
-    held_out: list                      # rows that --look-every looks at
-    fingerprint: str                    # of the training pairs and of those
-    start: torch.Tensor | None = None   # what the start says of those, see held_out_logps
-
-
-def prepare(config):
-    """A Job: reads everything, writes nothing."""
-    if config.data is None:
-        world = SafeWorld(config.seed)
-        pairs, held_out = world.pairs("train", WORLD_PAIRS), world.pairs("validation", LOOKED_AT)
-    else:
-        pairs, held_out, note = load_data(config.data, config.held_out, config.leave_out)
-        print(note)
-    tokenizer, model = start_model(config)
-    rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
-    print(f"training pairs: {report}")
-    held_out, _, report = encode_pairs(held_out, tokenizer, config.max_length)
-    if config.data is not None or config.look_every:
-        print(f"held out: {report}")
-    if not rows:
-        raise Refused(f"{config.data}: no usable pair is left to train on, as counted above")
-    if config.look_every and not held_out:
-        raise Refused("--look-every has no held-out pairs to look at; give them by --held-out")
-    held_out = held_out[:LOOKED_AT] if config.look_every else []
-    fingerprint = hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()
-    model.to(find_device(config.device))
-    model.gradient_checkpointing = config.gradient_checkpointing
-    other = copy.deepcopy(model)
-    exchange, sign = ADVERSARIES[config.adversary]
-    theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
-    players = {"sft": Player(model, rows, "sft", config.sft_lr, config),
-               "protagonist": Player(model, rows, config.method, config.lr, config),
-               "adversary": Player(other, theirs, config.method, config.lr, config, sign)}
-    return Job(config, tokenizer, players, held_out, fingerprint)
-
-
-def start_model(config):
-    """(tokenizer, model) that the run starts from; resolves --max-length."""
-    tokenizer = world = SafeWorld.tokenizer()
-    if config.model is None:
-        torch.manual_seed(config.seed)
-        model = Decoder(DecoderConfig(vocab_size=world.largest_id + 1, eos_token_id=world.eos_id,
-                                      bos_token_id=world.bos_id, **WORLD_MODEL))
-    else:
-        folder = find_source(config.model)
-        tokenizer, model = Tokenizer.from_pretrained(folder), Decoder.from_pretrained(folder)
-    ids, context = model.config.vocab_size, model.config.max_position_embeddings
-    config.max_length = config.max_length or min(context, 1024)
-    if config.data is None and tokenizer.files["tokenizer.json"] != world.files["tokenizer.json"]:
-        raise Refused(f"--model {config.model} needs --data: it is no model of the safe world")
-    if tokenizer.largest_id >= ids:
-        raise Refused(f"{config.model}: the tokenizer has ids up to {tokenizer.largest_id}, the "
-                      f"embeddings have only {ids} rows; they do not belong together")
-    if config.max_length > context:
-        raise Refused(f"--max-length {config.max_length} is over the model's {context} positions")
-    return tokenizer, model
-
-
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-
-def make_config(options, given=None):
-    """Config from some options, with every None resolved that needs no look at the model. `given`
-    are those that the user asked for now, `options` or fewer."""
-    config, given = Config(**options), options if given is None else given
-    for field in dataclasses.fields(Config):
-        check(field, getattr(config, field.name))
-    for name, other in (("data", "model"), ("leave_out", "data"), ("held_out", "data")):
-        if getattr(config, name) is not None and getattr(config, other) is None:
-            raise Refused(f"{flag_of(name)} needs {flag_of(other)}: the safe world has its own")
-    read = {method: {*keywords(loss), "micro_tokens"} for method, loss in LOSSES.items()}
-    read["iopo"] |= {"n_nu", "adversary"}
-    read["kto_pair"] -= {"micro_tokens"}                            # its batch term: a single pass
-    unread = set().union(*read.values()) - read[config.method]
-    for name in sorted(unread & given.keys()):
-        raise Refused(f"{flag_of(name)} is never read by --method {config.method}; leave it out")
-    config.n_nu = 0 if "n_nu" in unread else config.n_nu
-    config.micro_tokens = None if "micro_tokens" in unread else config.micro_tokens
-    if config.sft_steps is None and config.model is not None:       # it is an SFT model
-        config.sft_steps = 0
-    for field in dataclasses.fields(Config):
-        default = field.metadata.get("world" if config.data is None else "own")
-        if getattr(config, field.name) is None and isinstance(default, (int, float)):
-            setattr(config, field.name, default)
-    return config
-
-
-def check(field, value):
-    """Refuse a value that is not of its field's type, or none of its choices, or out of range."""
-    kinds, limits = typing.get_args(field.type) or (field.type,), field.metadata
-    fits = type(value) in kinds or type(value) is int and float in kinds
-    if fits and type(value) in (int, float):
-        fits = limits.get("least", value) <= value < limits.get("below", 2**63)
-        fits = fits and value > limits.get("above", -1)
-    if not fits or value not in limits.get("choices", [value]):
-        rules = [f"{name} {limits[name]}" for name in ("choices", "least", "above", "below")
-                 if name in limits]
-        raise Refused(f"{flag_of(field.name)} cannot be {value!r}; it must be " +
-                      ", ".join([kinds[0].__name__, *rules]))
-
-
-IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
-         ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta"))]
-
-
-def parse_arguments(arguments):
-    """The flags, made from Config's fields: (the options given, resume?)."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None                          # a refusal is one sentence
-    for field in dataclasses.fields(Config):
-        kind, *_ = typing.get_args(field.type) or (field.type,)
-        more = {"action": "store_true"} if kind is bool else {
-            "type": kind, "choices": field.metadata.get("choices")}
-        parser.add_argument(flag_of(field.name), help=field.metadata["help"], **more)
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    given = vars(parser.parse_args(arguments))
-    return given, given.pop("resume", False)
-
-
-# --------------------------------------------------------------------------------------------------
 # The run folder
 
 def find_run(given, resume):
@@ -383,16 +237,13 @@ def find_run(given, resume):
     if not resume:
         raise Refused(f"--out {out} exists and is not empty; take another one, or --resume")
     try:
-        found = {**json.loads((out / "config.json").read_text())}
-        fields = dataclasses.fields(Config)
-        odd = {*found} ^ {field.name for field in fields}
-        if not odd and None in [found[field.name] for field in fields if "world" in field.metadata]:
-            raise ValueError                                        # a run has resolved it
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise Refused(f"--out {out} is no run to go on with: no readable config.json") from None
-    if odd:
-        raise Refused(f"--out {out} was begun by another version of this code, whose options "
-                      f"differ ({', '.join(sorted(odd))}); go on with it there")
+        found, fields = json.loads((out / "config.json").read_text()), dataclasses.fields(Config)
+        resolved = [found[field.name] for field in fields if "world" in field.metadata]
+        if found.keys() != {field.name for field in fields} or None in resolved:
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        raise Refused(f"--out {out} has no readable config.json of this version of the code; go on "
+                      "with it by the version that began it") from None
     return found | {"out": given["out"]}                            # it may have been moved
 
 
@@ -430,20 +281,18 @@ def load_checkpoint(job, steps):
     if path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            done, data, job.start = state["step"], state["data"], state["start"]
+            done, job.start = state["step"], state["start"]
             for name, player in job.players.items():
                 weights, moments, made = state["players"][name]
                 player.model.load_state_dict(weights)
                 player.optimizer.load_state_dict(moments)
                 player.start_at(made)
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            if state["data"] != job.fingerprint or done > min(steps, len(lines)):
+                raise ValueError
         except Exception:                                      # a damaged file can raise anything
-            raise Refused(f"{path}: damaged, or of another run or version of this code") from None
-        if data != job.fingerprint:
-            raise Refused(f"{path}: the pairs are not those the run began with; give it the same")
-        lines = metrics.read_bytes().splitlines(keepends=True)
-        if done > min(steps, len(lines)):
-            raise Refused(f"{path}: is at step {done}, but config.json has {steps} steps and "
-                          f"metrics.jsonl {len(lines)}; resume needs all three whole")
+            raise Refused(f"{path}: damaged, or does not fit the pairs, config.json and "
+                          "metrics.jsonl; resume needs all of them as they were") from None
     replace_file(metrics, b"".join(lines[:done]))
     return done, metrics.open("a")
 
@@ -451,23 +300,144 @@ def load_checkpoint(job, steps):
 def log(file, bar, row):
     """A step's row of metrics.jsonl, and the bar, where a look stands until the next."""
     file.write(json.dumps(row) + "\n")
+    shown = {name: row[name] for name in ("loss", "margin", "ratio") if name in row}
+    bar.set_postfix({"of": f"{row['player']} {row['iteration']}", **shown})
     if "held_out_margin" in row:
         bar.set_description("held out: margin {held_out_margin:.3f}, accuracy "
                             "{held_out_accuracy:.3f}".format(**row))
-    shown = ("loss", "margin", "accuracy", "ratio", "clipped")
-    bar.set_postfix({"of": f"{row['player']} {row['iteration']}",
-                     **{name: row[name] for name in shown if name in row}})
     bar.update()
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line
+# The command line: all that can be wrong with data, model and options is found before writing
+
+WORLD_PAIRS, LOOKED_AT = 3000, 200
+WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, head_dim=16,
+                   num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
+         ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta"))]
+
+
+class Refused(ValueError):
+    """Input or options that cannot be used; the message is one sentence."""
+
+
+@dataclasses.dataclass
+class Job:
+    config: Config
+    tokenizer: Tokenizer
+    players: dict                       # "sft" and "protagonist", of one model, and "adversary"
+    held_out: list                      # rows that --look-every looks at
+    fingerprint: str                    # of the training pairs and of those
+    start: torch.Tensor | None = None   # what the start says of those, see held_out_logps
+
+
+def prepare(config):
+    """A Job: reads everything, writes nothing."""
+    if config.data is None:
+        world = SafeWorld(config.seed)
+        pairs, held_out = world.pairs("train", WORLD_PAIRS), world.pairs("validation", LOOKED_AT)
+    else:
+        pairs, held_out, note = load_data(config.data, config.held_out, config.leave_out)
+        print(note)
+    tokenizer, model = start_model(config)
+    rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
+    held_out, _, other_report = encode_pairs(held_out, tokenizer, config.max_length)
+    print(f"training pairs: {report}\nheld out: {other_report}")
+    if not rows or config.look_every and not held_out:
+        raise Refused("no usable pair is left to train on, or for --look-every, as counted above")
+    held_out = held_out[:LOOKED_AT] if config.look_every else []
+    fingerprint = hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()
+    model.to(find_device(config.device))
+    model.gradient_checkpointing = config.gradient_checkpointing
+    other, (exchange, sign) = copy.deepcopy(model), ADVERSARIES[config.adversary]
+    theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
+    players = {"sft": Player(model, rows, "sft", config.sft_lr, config),
+               "protagonist": Player(model, rows, config.method, config.lr, config),
+               "adversary": Player(other, theirs, config.method, config.lr, config, sign)}
+    return Job(config, tokenizer, players, held_out, fingerprint)
+
+
+def start_model(config):
+    """(tokenizer, model) that the run starts from; resolves --max-length."""
+    tokenizer = world = SafeWorld.tokenizer()
+    if config.model is None:
+        torch.manual_seed(config.seed)
+        model = Decoder(DecoderConfig(vocab_size=world.largest_id + 1, eos_token_id=world.eos_id,
+                                      bos_token_id=world.bos_id, **WORLD_MODEL))
+    else:
+        folder = find_source(config.model)
+        tokenizer, model = Tokenizer.from_pretrained(folder), Decoder.from_pretrained(folder)
+    ids, context = model.config.vocab_size, model.config.max_position_embeddings
+    config.max_length = config.max_length or min(context, 1024)
+    if config.data is None and tokenizer.files["tokenizer.json"] != world.files["tokenizer.json"]:
+        raise Refused(f"--model {config.model} needs --data: it is no model of the safe world")
+    if tokenizer.largest_id >= ids:
+        raise Refused(f"{config.model}: its tokenizer has more ids than the embeddings, {ids}")
+    if config.max_length > context:
+        raise Refused(f"--max-length {config.max_length} is over the model's {context} positions")
+    return tokenizer, model
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+def make_config(options, given=None):
+    """Config, all resolved that needs no look at the model; `given`: what the user asks for."""
+    config, given = Config(**options), options if given is None else given
+    if config.sft_steps is None and config.model is not None:       # it is an SFT model
+        config.sft_steps = 0
+    for field in dataclasses.fields(Config):
+        check(field, getattr(config, field.name))
+        default = field.metadata.get("world" if config.data is None else "own")
+        if getattr(config, field.name) is None and isinstance(default, (int, float)):
+            setattr(config, field.name, default)
+    for name, other in (("data", "model"), ("leave_out", "data"), ("held_out", "data")):
+        if getattr(config, name) is not None and getattr(config, other) is None:
+            raise Refused(f"{flag_of(name)} needs {flag_of(other)}: the safe world has its own")
+    read = {method: {*keywords(loss), "micro_tokens"} for method, loss in LOSSES.items()}
+    read["iopo"] |= {"n_nu", "adversary"}
+    read["kto_pair"] -= {"micro_tokens"}                            # its batch term: a single pass
+    unread = set().union(*read.values()) - read[config.method]
+    for name in sorted(unread & given.keys()):
+        raise Refused(f"{flag_of(name)} is never read by --method {config.method}; leave it out")
+    config.n_nu = 0 if "n_nu" in unread else config.n_nu
+    config.micro_tokens = None if "micro_tokens" in unread else config.micro_tokens
+    return config
+
+
+def check(field, value):
+    """Refuse a value that is not of its field's type, or none of its choices, or out of range."""
+    kinds, limits = typing.get_args(field.type) or (field.type,), field.metadata
+    fits = type(value) in kinds or type(value) is int and float in kinds
+    if fits and type(value) in (int, float):
+        fits = limits.get("least", value) <= value < limits.get("below", 2**63)
+        fits = fits and value > limits.get("above", -1)
+    if not fits or value not in limits.get("choices", [value]):
+        raise Refused(f"{flag_of(field.name)} cannot be {value!r}: {limits['help']}")
+
+
+def parse_arguments(arguments):
+    """The options given, and resume; the flags are made from Config's fields."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None                          # a refusal is one sentence
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with --out")
+    for field in dataclasses.fields(Config):
+        kind, *_ = typing.get_args(field.type) or (field.type,)
+        more = {"action": "store_true"} if kind is bool else {
+            "type": kind, "choices": field.metadata.get("choices")}
+        parser.add_argument(flag_of(field.name), help=field.metadata["help"], **more)
+    return vars(parser.parse_args(arguments))
+
 
 def main(arguments=None):
     job = None
     try:
-        given, resume = parse_arguments(arguments)
-        found = find_run(given, resume)
+        given = parse_arguments(arguments)
+        found = find_run(given, given.pop("resume"))
         config = make_config(found or given, given)
         for name, own in vars(config).items():
             if given.get(name, own) != own:
@@ -489,8 +459,8 @@ def main(arguments=None):
         eval.main(["--device", config.device, "--", config.out])    # the closing table
     except KeyboardInterrupt:
         if job is not None:
-            print("stopped; go on from the last checkpoint with: python train.py --out "
-                  f"{job.config.out} --resume", file=sys.stderr)
+            print(f"stopped; go on by: python train.py --out {config.out} --resume",
+                  file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
         if job is not None and type(error) is ValueError:           # a bug, not the input
