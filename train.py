@@ -70,7 +70,7 @@ class Config:
     dtype: str = option("float32", "of matrix products only", choices=("float32", "bfloat16"))
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
-    eval_prompts: int = option(100, "held-out prompts of the closing table; 0: margins only", least=0)
+    eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def train(job, look=None):
              "adversary": (nu, mu)}              # lines 8 to 10: AGENT nu, ENV mu
     schedule = [(0, "sft")] * config.sft_steps + [*turns(config.n_iter, config.n_mu, config.n_nu)]
     done, file = load_checkpoint(job, len(schedule))
-    if done == config.sft_steps:                 # there is no SFT, or a resumed run has just ended it
+    if done == config.sft_steps:                 # no SFT, or a resumed run has just ended it
         begin(job)
     with file, tqdm(total=len(schedule), initial=done) as bar:
         for step, (iteration, name) in enumerate(schedule, start=1):           # Algorithm 1, line 1
