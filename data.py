@@ -486,6 +486,11 @@ def encode_pairs(pairs, tokenizer, max_length):
              f"cut to fit {max_length} tokens), {len(dropped)} dropped"
     counts = Counter(reason for reason, _ in dropped).most_common()
     report += f" ({', '.join(f'{count} {reason}' for reason, count in counts)})" if counts else ""
+    for pair in [pair for pair in kept if not isinstance(pair.prompt, str)][:1]:
+        talk = tokenizer.render([*pair.prompt, {"role": "assistant", "content": "a"}]).rstrip()
+        if not talk.endswith(tuple(tokenizer.eos_texts.values())):
+            report += "\n  the chat template ends answers in no eos token of the model; " \
+                      f"{tokenizer.eos_texts[tokenizer.eos_id]} is put after that"
     for reason, pair in dropped[:3]:
         report += f"\n  dropped, {reason}: {pair.origin or 'a pair'}: " \
                   f"{pair.chosen[-60:]!r} | {pair.rejected[-60:]!r}"

@@ -1950,6 +1950,9 @@ def test_chat_template():
     # the template's end is not the eos token: it is added
     other = word_tokenizer(None, {"chat_template": CHATML})
     assert other.encode_pair(Pair(asked, "d", "x"))[1] == [7, 13, 11, 1]
+    for one, said in ((other, True), (tokenizer, False)):          # and the report says so
+        report = encode_pairs([Pair(asked, "d", "x")], one, 20)[2]
+        assert ("in no eos token of the model; </s> is put after that" in report) == said
     several = [{"name": "tool_use", "template": "{{ tools }}"},
                {"name": "default", "template": CHATML}]
     several = word_tokenizer("<s> $A", {"eos_token": "<|im_end|>", "chat_template": several})
