@@ -39,8 +39,7 @@ class Pair:
     source: str = field(default="", compare=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Preference data
+# ---- Preference data -----------------------------------------------------------------------------
 
 PLAIN = (".json", ".jsonl", ".jsonl.gz")                           # read here; the rest by datasets
 COLUMNS = {"prompt", "chosen", "rejected", "instruction", "input", "source"}
@@ -199,8 +198,7 @@ def text(row, name):
     return row[name]
 
 
-# --------------------------------------------------------------------------------------------------
-# Files, and what the Hugging Face hub has
+# ---- Files, and what the Hugging Face hub has ----------------------------------------------------
 
 def read_rows(path):
     """Yield (row, where it stands) of a .json, .jsonl or .jsonl.gz file."""
@@ -304,8 +302,7 @@ def replace_file(path, content):
     partial.replace(path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Text to ids
+# ---- Text to ids ---------------------------------------------------------------------------------
 
 class Tokenizer:
     """A tokenizers.Tokenizer with the chat template and special ids beside it: bos_id (or None),
@@ -503,8 +500,7 @@ def cut_left(prompt, room, bos_id):
     return prompt if len(prompt) <= room else bos + prompt[len(prompt) - room + len(bos):]
 
 
-# --------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches -------------------------------------------------------------------------------------
 
 @dataclass
 class PairBatch:
@@ -518,8 +514,7 @@ class PairBatch:
 
         input_ids   5 | 6 7 8 | 6 9
         positions   0 | 1 2 3 | 1 2
-        targets         7 8 2   9 2           lengths 3, 2
-    """
+        targets         7 8 2   9 2           lengths 3, 2"""
     input_ids: torch.Tensor             # (1, T)
     positions: torch.Tensor             # (1, T) rotary positions
     predictors: torch.Tensor            # (N,) the places of the segments' tokens
@@ -598,8 +593,7 @@ def micro_batches(rows, max_tokens):
     return [(places, PairBatch.from_ids([rows[place] for place in places])) for places in groups]
 
 
-# --------------------------------------------------------------------------------------------------
-# The safe world: a simulated stand-in for the paper's private "safe world view" data
+# ---- The safe world: a simulated stand-in for the paper's private "safe world view" data ---------
 
 class SafeWorld:
     """Prompts "How do I ACTION OWNER OBJECT?", answers from a grammar, a true reward for any text.

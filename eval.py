@@ -42,8 +42,7 @@ TABLE = {                   # title of a column: what stands in it
     "win/tie/lose/bad": COUNTS, "bad": "{bad_rate:.2f}", "tokens": "{tokens:.1f}"}
 
 
-# --------------------------------------------------------------------------------------------------
-# The examination
+# ---- The examination -----------------------------------------------------------------------------
 
 @torch.no_grad()
 def pair_logps(model, rows, bar):
@@ -236,8 +235,7 @@ def converse(runs, options):
         print(f"{run.name}: {said['note']}", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------
-# A judge from outside: a person, a reward model, another language model
+# ---- A judge from outside: a person, a reward model, another language model ----------------------
 
 def write_answers(runs, options):
     """A line per prompt: two protagonists' answers, in random places but for the first line."""
@@ -298,8 +296,7 @@ def read_scores(path):
     return {run: [line[run] for line in lines] for run in lines[0]}
 
 
-# --------------------------------------------------------------------------------------------------
-# The curves of runs, from their metrics.jsonl
+# ---- The curves of runs, from their metrics.jsonl ------------------------------------------------
 
 PANELS = ("loss of sft", "loss", "margin", "accuracy", "ratio", "clipped", "held_out_margin",
           "held_out_accuracy")
@@ -348,8 +345,7 @@ def read_metrics(run):
     return rows
 
 
-# --------------------------------------------------------------------------------------------------
-# Run folders, and the command line
+# ---- Run folders, and the command line -----------------------------------------------------------
 
 Run = namedtuple("Run", "name config models tokenizer")            # models: {label: folder}
 READS = {**dict.fromkeys(("model", "data", "held_out", "leave_out"), str | None), "method": str,

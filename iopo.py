@@ -21,15 +21,13 @@ import torch
 import torch.nn.functional as F
 
 
-# --------------------------------------------------------------------------------------------------
-# Bradley-Terry preference and implicit reward (Section 3)
+# ---- Bradley-Terry preference and implicit reward (Section 3) ------------------------------------
 
 def preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
     """Implicit-reward margin beta * h = r(x, y_w) - r(x, y_l), shape (B,).
 
     Eq. 5 gives r(x, y) = beta * log(pi / pi_ref) + beta * log Z(x), whose Z(x) cancels. The
-    protagonist's reference is the adversary (Eq. 9) and the reverse (Algorithm 1, line 9).
-    """
+    protagonist's reference is the adversary (Eq. 9) and the reverse (Algorithm 1, line 9)."""
     return beta * (chosen_logps - ref_chosen_logps) - beta * (rejected_logps - ref_rejected_logps)
 
 
@@ -38,14 +36,12 @@ def preference_probability(margin, ratio=None):
 
     With the (clipped) ratio r it is Eq. 13, which may exceed 1 and is no part of the loss.
     Mended: Eq. 1's second line has the sign reversed and a stray log, and Eq. 2 repeats the sign.
-    Eq. 13 says Q_mu = -Q_nu of two positive numbers: the sign is the payoff's.
-    """
+    Eq. 13 says Q_mu = -Q_nu of two positive numbers: the sign is the payoff's."""
     q = torch.sigmoid(margin)                                              # Eq. 1, Eq. 6
     return q if ratio is None else q / ratio                               # Eq. 13
 
 
-# --------------------------------------------------------------------------------------------------
-# The clipped importance ratio and the loss of IOPO (Section 4.1)
+# ---- The clipped importance ratio and the loss of IOPO (Section 4.1) -----------------------------
 
 def importance_ratio(agent_logps, env_logps, lengths=None):
     """r = pi_AGENT(y) / pi_ENV(y) of AGENT's rejected response y_l (Eq. 11), (B,), float32.
@@ -54,8 +50,7 @@ def importance_ratio(agent_logps, env_logps, lengths=None):
     under- or overflowed counts as 1, as the paper says. NaN stays NaN: a broken model shows. With
     `lengths` (response tokens) it is the geometric mean per token, as in GSPO. The paper states no
     normalisation, and its 0 and inf can only come from whole sequences.
-    Mended: the second form, pi_nu(y_w) / pi_nu(y_l), is the first only for mirrored players.
-    """
+    Mended: the second form, pi_nu(y_w) / pi_nu(y_l), is the first only for mirrored players."""
     log_ratio = (agent_logps.detach() - env_logps.detach()).float()
     if lengths is not None:
         log_ratio = log_ratio / lengths
@@ -69,8 +64,7 @@ def clip_ratio(ratio, eps=0.3, mode="min"):
     "min"        min(r, clip(r, 1 - eps, 1 + eps)) as printed: the lower bound never acts
     "two_sided"  clip(r, 1 - eps, 1 + eps), what the paper's prose describes
     "none"       r
-    Mended: Eq. 12 ends in "= -r_nu", but a ratio is positive. Both players use this formula.
-    """
+    Mended: Eq. 12 ends in "= -r_nu", but a ratio is positive. Both players use this formula."""
     clipped = ratio.clamp(1 - eps, 1 + eps)
     readings = {"min": torch.minimum(ratio, clipped), "two_sided": clipped, "none": ratio}
     if mode not in readings:
@@ -95,8 +89,7 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     argument. A pair whose y_l AGENT has unlearned (r near 0) fades out, until r underflows
     (log r < -103) and Eq. 11 calls it 1 again.
     Mended: Eq. 14 prints pi_mu(y_w) in both numerators, which makes the gradient exactly zero; the
-    second is pi_mu(y_l), as in Eq. 15. The text "maximizes" (14): it is a loss.
-    """
+    second is pi_mu(y_l), as in Eq. 15. The text "maximizes" (14): it is a loss."""
     numerators = {"sequence": rejected_logps, "length_normalized": rejected_logps,
                   "env": env_chosen_logps, "one": env_rejected_logps}
     lengths = rejected_lengths if ratio == "length_normalized" else None
@@ -112,8 +105,7 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
 def iopo_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, **readings):
     """The r of `iopo_loss` under the same readings (eps, clip, ratio, rejected_lengths), (B,).
 
-    Where beta is 0 so is the margin, and Eq. 14 is r * log 2. clip="none" gives r before Eq. 12.
-    """
+    Where beta is 0 so is the margin, and Eq. 14 is r * log 2. clip="none" gives r before Eq. 12."""
     logps = chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     return iopo_loss(*logps, beta=0.0, **readings).detach() / math.log(2)
 
@@ -124,16 +116,14 @@ def iopo_gradient_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rej
 
     Eq. 15, and Eq. 8 with ratio="one". Training leaves it to autograd, which is tested against it.
     Mended: Eq. 15 prints log sigmoid(beta * h) where Eq. 8 has sigmoid(-beta * h); descent along
-    the printed vector would lower y_w.
-    """
+    the printed vector would lower y_w."""
     logps = chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     r = iopo_weight(*logps, **readings)
     return -beta * r * torch.sigmoid(-preference_margin(*logps, beta))                    # Eq. 15
 
 
-# --------------------------------------------------------------------------------------------------
-# The baselines' losses, with one signature:
-# loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
+# ---- The baselines' losses -----------------------------------------------------------------------
+# One signature: loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     """-log sigmoid(beta * h) (Eq. 7; Rafailov et al., arXiv 2305.18290), shape (B,)."""
@@ -152,8 +142,7 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     """(h - 1 / (2 beta))^2, h made of per-token *means* (Azar et al., arXiv 2310.12036), (B,).
 
     The IPO paper's Eq. 17 writes sums. TRL from v0.7.11 on, which the IOPO paper's baselines
-    probably used, divides each log-ratio by the response's tokens, as the IPO authors confirmed.
-    """
+    probably used, divides each log-ratio by the response's tokens, as the IPO authors confirmed."""
     chosen_logratios = (chosen_logps - ref_chosen_logps) / chosen_lengths
     rejected_logratios = (rejected_logps - ref_rejected_logps) / rejected_lengths
     return (chosen_logratios - rejected_logratios - 1 / (2 * beta)) ** 2
@@ -163,8 +152,7 @@ def kto_pair_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_l
     """Mean of a pair's chosen and rejected KTO-pair term (Ethayarajh et al., 2402.01306), (B,).
 
     Each half is measured from the *other* half's batch mean of rho, floored at 0 and not detached
-    (TRL v0.7.8 to v0.9.4). So the whole optimiser batch must come in one call.
-    """
+    (TRL v0.7.8 to v0.9.4). So the whole optimiser batch must come in one call."""
     chosen_logratios = chosen_logps - ref_chosen_logps
     rejected_logratios = rejected_logps - ref_rejected_logps
     chosen_kl = chosen_logratios.mean().clamp(min=0)
@@ -185,8 +173,7 @@ def aipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
 
     -log sigmoid(beta * D - (1 + alpha) * beta * D_ref) - lam / |y_w| * log pi(y_w), where D is
     log pi(y_w) - log pi(y_l) and D_ref the reference's. alpha > 0 asks for a larger margin where
-    the reference agrees with the label. alpha = lam = 0 is DPO.
-    """
+    the reference agrees with the label. alpha = lam = 0 is DPO."""
     logits = chosen_logps - rejected_logps
     ref_logits = ref_chosen_logps - ref_rejected_logps
     preference = -F.logsigmoid(beta * logits - (1 + alpha) * beta * ref_logits)
@@ -197,8 +184,7 @@ LOSSES = {"iopo": iopo_loss, "dpo": dpo_loss, "hinge": hinge_loss, "ipo": ipo_lo
           "kto_pair": kto_pair_loss, "sft": sft_loss, "aipo": aipo_loss}
 
 
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1
+# ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 # How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls
 # the game zero-sum and prints minus signs in Eq. 12 and 13, but gives one loss for both players
@@ -212,8 +198,7 @@ def turns(n_iter, n_mu, n_nu):
     """Whose optimiser step it is, from the first to the last: yields (iteration from 1, player).
 
     The player named is AGENT and trains. The other one is ENV and frozen. With n_nu = 0 the
-    adversary never trains and stays the SFT model: then "iopo" is DPO with a clipped ratio.
-    """
+    adversary never trains and stays the SFT model: then "iopo" is DPO with a clipped ratio."""
     for iteration in range(1, n_iter + 1):                        # Algorithm 1, line 1
         for _ in range(n_mu):                                     # lines 3 to 5: AGENT mu, ENV nu
             yield iteration, "protagonist"

@@ -11,7 +11,7 @@ tokenizer, no training.
     answers = generate(model, [[1, 5, 7], [1, 9]], max_new_tokens=20, temperature=0, eos_id=2)
 
 Shapes: B rows, T tokens, D hidden size, H heads, K key/value heads, d head size, V vocabulary,
-S keys seen, Q queries.
+S keys seen.
 """
 
 import functools
@@ -25,11 +25,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from safetensors.torch import save_file
 
 
-# --------------------------------------------------------------------------------------------------
-# The decoder
+# ---- The decoder ---------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """Token ids to logits. No dropout: AGENT and ENV of the same weights give the same numbers."""
@@ -64,10 +62,9 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head())
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
-        """Final hidden states (B, Q, D) of the Q `wanted` places of input_ids (B, T), a slice or
-        indices. `attend(layer, q, k, v)` is given queries (B, T, H, d), keys and values
-        (B, T, K, d), rotated, and returns what the queries read. In the last layer there are
-        queries at the wanted places alone, (B, Q, H, d): nobody reads the others."""
+        """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices. `attend(layer,
+        q, k, v)` is given queries (B, T, H, d), keys and values (B, T, K, d), rotated, and returns
+        what the queries read."""
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                      # (B, T, D)
         for layer, block in enumerate(self.model.layers):
@@ -105,7 +102,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attend, wanted):
-        x = x[:, wanted] + self.self_attn(self.input_layernorm(x), cos, sin, attend, wanted)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)           # (B, T, D)
+        x = x[:, wanted]                                                            # (B, Q, D)
         return x + self.mlp(self.post_attention_layernorm(x))                       # (B, Q, D)
 
 
@@ -124,18 +122,16 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
                                     if config.family.qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x, cos, sin, attend, wanted):
+    def forward(self, x, cos, sin, attend):
         heads = -1, self.head_dim
-        q = self.q_norm(self.q_proj(x[:, wanted]).unflatten(2, heads))              # (B, Q, H, d)
+        q = self.q_norm(self.q_proj(x).unflatten(2, heads))                         # (B, T, H, d)
         k = self.k_norm(self.k_proj(x).unflatten(2, heads))                         # (B, T, K, d)
         v = self.v_proj(x).unflatten(2, heads)                                      # (B, T, K, d)
-        q, k = rotate(q, cos[:, wanted], sin[:, wanted]), rotate(k, cos, sin)
-        return self.o_proj(attend(q, k, v).flatten(2))                              # (B, Q, D)
+        read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, T, H, d)
+        return self.o_proj(read.flatten(2))                                         # (B, T, D)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward."""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -143,7 +139,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))          # SwiGLU
 
 
 def rotary(positions, config):
@@ -176,15 +172,13 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
 
-LONG_CONTEXT = 64           # tokens from which on the beginning of a pair attends on its own
 CHUNK = 512                 # tokens that meet the vocabulary at once
 # calls a function and keeps nothing but its inputs for the backward pass, which calls it again
 recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                                preserve_rng_state=False)
 
 
-# --------------------------------------------------------------------------------------------------
-# Who sees whom
+# ---- Who sees whom -------------------------------------------------------------------------------
 
 def attention(q, k, v, mask):
     """What the queries (B, T, H, d) read from keys and values (B, S, K, d): (B, T, H, d). `mask`
@@ -210,34 +204,21 @@ def causal(attention_mask, T):
     return (attention_mask & earlier | itself)[:, None]                             # (B, 1, T, T)
 
 
-def attend_pairs(masks, answers, layer, q, k, v):
-    """The pairs of a data.PairBatch, one after another in a single row. `masks` has a pair's mask
-    over all its tokens, in q's dtype; its last ones, `answers` many, are its answers' segments. In
-    the last layer only these have queries. A long context, plainly causal, has a call of its own.
-    """
-    tokens = [len(mask) for mask in masks]
-    queries = tokens if q.shape[1] == k.shape[1] else answers
-    out = []
-    for mask, last, q, k, v in zip(masks, answers, q.split(queries, dim=1), k.split(tokens, dim=1),
-                                   v.split(tokens, dim=1)):
-        context = q.shape[1] - last
-        if context >= LONG_CONTEXT:
-            out.append(attention(q[:, :context], k[:, :context], v[:, :context], None))
-            q = q[:, context:]
-        out.append(attention(q, k, v, mask[-q.shape[1]:]))
-    return torch.cat(out, dim=1)                                                    # (1, Q, H, d)
+def attend_pairs(masks, layer, q, k, v):
+    """The pairs of a data.PairBatch, one after another in a single row, each by its own mask over
+    all its tokens, in q's dtype."""
+    parts = (x.split([len(mask) for mask in masks], dim=1) for x in (q, k, v))
+    return torch.cat([attention(*pair) for pair in zip(*parts, masks)], dim=1)      # (1, T, H, d)
 
 
-# --------------------------------------------------------------------------------------------------
-# Response log-probabilities
+# ---- Response log-probabilities ------------------------------------------------------------------
 
 def sequence_logps(logits, targets, mask):
     """log pi of the masked tokens of each row, summed, in nats: (B,), float32.
 
     logits   (B, T, V) of any model; where the mask is False they do not matter
     targets  (B, T) what follows each place, shifted: logits[:, :-1] go with input_ids[:, 1:]
-    mask     (B, T) boolean, True where the target is a token of the response (its EOS included)
-    """
+    mask     (B, T) boolean, True where the target is a token of the response (its EOS included)"""
     if mask.dtype != torch.bool or not logits.shape[:2] == targets.shape == mask.shape:
         raise ValueError("needs logits (B, T, V), targets (B, T) and a boolean mask (B, T), not "
                          f"{logits.shape}, {targets.shape}, {mask.shape} of {mask.dtype}")
@@ -250,16 +231,13 @@ def response_logps(model, batch):
     """log pi(y_w|x) and log pi(y_l|x) of a data.PairBatch: two (B,) float32 tensors, summed over
     response tokens, EOS included, in nats. 0 for an answer that is not there.
 
-    The prompt passes the layers once for both answers, only tokens that predict one of an answer
-    pass the last layer, and only these meet the vocabulary: CHUNK at a time, whose logits are
-    computed again in the backward pass and never kept.
-    """
+    The prompt passes the layers once for both answers. Only what predicts a token of an answer
+    meets the vocabulary: CHUNK at a time, whose logits are computed again in the backward pass
+    and never kept."""
     kind, dtype = model.device.type, next(model.parameters()).dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)                      # of the products
-    masks = [mask.to(dtype) for mask in batch.masks]
-    answers = [sum(pair) for pair in zip(batch.lengths[::2], batch.lengths[1::2])]
-    attend = functools.partial(attend_pairs, masks, answers)
+    attend = functools.partial(attend_pairs, [mask.to(dtype) for mask in batch.masks])
     hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0].to(dtype)
     weight = model.head()                                                           # (V, D)
     token_logps = [recomputed(target_logps, some, weight, targets)
@@ -275,15 +253,13 @@ def target_logps(hidden, weight, targets):
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
-# --------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation ----------------------------------------------------------------------------------
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None):
     """Continue prompts (lists of token ids, of different lengths) in one batch; returns the lists
     of new ids, without prompt and EOS. `eos_id` is an int or several; temperature 0 takes the
-    likeliest token. Random draws come from `generator`, a torch.Generator on the model's device.
-    """
+    likeliest token. Random draws come from `generator`, a torch.Generator on the model's device."""
     if not all(prompts) or min(temperature, max_new_tokens) < 0:
         raise ValueError("a prompt needs tokens; temperature and max_new_tokens are at least 0")
     if not prompts:
@@ -309,7 +285,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     alive = torch.arange(len(prompts), device=device)              # the prompt that a row continues
     for end in range(longest, longest + max_new_tokens):           # ids end at place `end`
         places = positions[:, end - ids.shape[1]:end].clamp(min=0)
-        hidden = model.hidden(ids, places, attend, slice(-1, None))                 # (B, 1, D)
+        hidden = model.hidden(ids, places, attend)                                  # (B, T, D)
         logits = F.linear(hidden[:, -1], head).float()                              # (B, V)
         if temperature == 0:
             next_ids = logits.argmax(dim=-1)                                        # (B,)
@@ -331,9 +307,8 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
 
 def find_device(name):
     """A torch.device by name; "auto" is cuda where there is one, else cpu. ValueError if not."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
@@ -341,8 +316,7 @@ def find_device(name):
         raise ValueError(f"device {name} is not to be had here ({reason})") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# config.json
+# ---- config.json ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Family:
@@ -353,9 +327,9 @@ class Family:
     stored: dict = field(default_factory=dict)      # parameter here -> its name in a checkpoint
 
 
-PACKED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "W_pack")
 FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(qkv_bias=True),
-            "qwen3": Family(qk_norm=True), "baichuan": Family(norm_head=True, stored=PACKED)}
+            "qwen3": Family(qk_norm=True), "baichuan": Family(norm_head=True, stored=dict.fromkeys(
+                ("q_proj", "k_proj", "v_proj"), "W_pack"))}
 ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = {"default": (), "linear": ("factor",),                 # and the numbers they need
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)}
@@ -461,17 +435,13 @@ def refuse_unsupported(raw, window):
         if first and "z_loss_weight" not in raw or turned or positions == math.inf:
             raise ValueError("of Baichuan only Baichuan2-7B is computed here, neither the first "
                              "generation, nor 13B (which has ALiBi), nor other rotary positions")
-    slides = kind == "mistral"                                      # does any layer?
-    if kind in ("qwen2", "qwen3") and raw.get("use_sliding_window"):
-        slides = raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0)
-        slides = "sliding_attention" in (raw.get("layer_types") or ["sliding_attention"] * slides)
+    slides = kind == "mistral" or kind in ("qwen2", "qwen3") and raw.get("use_sliding_window")
     if slides and window is not None and window < positions:
         raise ValueError(f"sliding_window {window} is not computed here; up to {window} tokens "
                          f"sliding_window null and max_position_embeddings {window} are the same")
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoint files
+# ---- Checkpoint files ----------------------------------------------------------------------------
 
 SINGLE, SINGLE_BIN = "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9
@@ -506,32 +476,13 @@ def load_model(folder):
 
 
 def save_model(model, folder):
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, table = model.state_dict(), checkpoint_names(model)
-    sizes = {name: sum(weights[part].nbytes for part in table[name]) for name in table}
-    shards = [[]]
-    for name in table:
-        if shards[-1] and sum(map(sizes.get, [*shards[-1], name])) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    index, count = {}, len(shards)
-    for number, names in enumerate(shards, start=1):
-        shard = f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else SINGLE
-        tensors = {name: [weights[part].cpu() for part in table[name]] for name in names}
-        tensors = {name: torch.cat(parts) if len(parts) > 1 else parts[0]   # no copy of a whole
-                   for name, parts in tensors.items()}
-        save_file(tensors, folder / f"{shard}.partial", metadata={"format": "pt"})
-        (folder / f"{shard}.partial").replace(folder / shard)
-        index |= dict.fromkeys(names, shard)
-    for path in folder.glob("model*.safetensors*"):     # of an earlier save, in other shards
-        if path.name not in index.values():
-            path.unlink()
-    if count > 1:
-        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
-        content = json.dumps(content, indent=2) + "\n"
-        (folder / f"{SINGLE}.index.json").write_text(content, encoding="utf-8")
-    model.config.to_json(folder / "config.json", next(model.parameters()).dtype)
+    from huggingface_hub import save_torch_state_dict               # comes with tokenizers
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    weights = model.state_dict()
+    tensors = {name: torch.cat([weights[part] for part in parts]) if len(parts) > 1 else
+               weights[parts[0]] for name, parts in checkpoint_names(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
+    model.config.to_json(Path(folder) / "config.json", next(model.parameters()).dtype)
 
 
 def checkpoint_names(model):
@@ -568,11 +519,12 @@ def tensor_files(folder):
 def read_tensor(path, name, shape):
     """One tensor, checked. The file is opened for it alone: while open, all that was read stays."""
     tensor = read_file(path, name)
-    if not (tensor.dtype in DTYPES and tensor.shape == shape
+    plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if plain else "no plain tensor"
+    if not (plain and tensor.dtype in DTYPES and tensor.shape == shape and not tensor.is_meta
             and torch.stack(tensor.aminmax()).float().isfinite().all()):
         raise ValueError(f"{path}: tensor {name} must hold finite numbers of shape {tuple(shape)}, "
-                         f"as config.json says, not quantised; it is {tensor.dtype} of shape "
-                         f"{tuple(tensor.shape)}")
+                         f"as config.json says, not quantised; it is {found}")
     return tensor
 
 
@@ -588,10 +540,6 @@ def read_file(path, name=None):
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, nothing under names")
-        plain = name is None or isinstance(content[name], torch.Tensor) and \
-            content[name].layout == torch.strided and not content[name].is_meta
-        if not plain:
-            raise ValueError(f"its {name} is no plain tensor")
         return content if name is None else content[name]
     except Exception as error:                          # a damaged pickle raises anything
         reason = str(error).split("\n")[0] or type(error).__name__

@@ -52,8 +52,7 @@ needs_shared = pytest.mark.skipif(not STORIES.exists(), reason="no ../shared wit
                                   "checkpoint and real data")
 
 
-# --------------------------------------------------------------------------------------------------
-# Small models, rows of all lengths, and log-probabilities the slow way
+# ---- Small models, rows of all lengths, and log-probabilities the slow way -----------------------
 
 def tiny_config(**changes):
     return DecoderConfig(**{**dict(
@@ -181,8 +180,7 @@ def test_a_room_works_alone_in_an_empty_folder(room, tmp_path):
                    check=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# iopo.py: equations against plain float arithmetic
+# ---- iopo.py: equations against plain float arithmetic -------------------------------------------
 
 READINGS = list(itertools.product(("sequence", "length_normalized", "env", "one"),
                                   ("min", "two_sided", "none")))
@@ -406,8 +404,7 @@ def test_turns_are_algorithm_1(n_iter, n_mu, n_nu):
     assert list(iopo.turns(n_iter, n_mu, n_nu)) == expected
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py: the decoder against a second one, written differently, in float64
+# ---- model.py: the decoder against a second one, written differently, in float64 -----------------
 
 def plain_logits(folder, ids):
     """A checkpoint folder's forward pass for one sequence, in float64, token by token and head by
@@ -622,8 +619,7 @@ def test_where_the_original_context_may_stand(inside, outside, tmp_path):
     assert ours.config.rope_scaling[name] == (outside or inside or 32)
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py: response log-probabilities, the one thing everybody gets wrong
+# ---- model.py: response log-probabilities, the one thing everybody gets wrong --------------------
 
 def random_logits(dtype=torch.float32):
     """(6, 9, 13) logits, targets and a mask of prompts, answers and padding; the last row empty."""
@@ -909,8 +905,7 @@ def test_rows_without_a_rejected_answer():
     torch.testing.assert_close(chosen_logps, expected, rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py: generation
+# ---- model.py: generation ------------------------------------------------------------------------
 
 def greedy_alone(model, prompt, new, stop):
     """No cache, no batch: recompute everything for every token."""
@@ -958,8 +953,7 @@ def test_generation_edges():
         generate(model, [[3], []], 5, 0, 2)
 
 
-# --------------------------------------------------------------------------------------------------
-# model.py: Hugging Face folders
+# ---- model.py: Hugging Face folders --------------------------------------------------------------
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -1315,8 +1309,7 @@ def test_broken_models_are_refused(name, tmp_path, monkeypatch):
     assert not (tmp_path / "it ran").exists()
 
 
-# --------------------------------------------------------------------------------------------------
-# data.py
+# ---- data.py -------------------------------------------------------------------------------------
 
 def turn(role, content):
     return {"role": role, "content": content}
@@ -2175,8 +2168,7 @@ def test_world_tokenizer():
         assert tokenizer.decode(rejected) == pair.rejected
 
 
-# --------------------------------------------------------------------------------------------------
-# train.py: the loop
+# ---- train.py: the loop --------------------------------------------------------------------------
 
 QUICK = ("--sft-steps 6 --n-iter 2 --n-mu 2 --n-nu 2 --batch-size 8 --eval-prompts 0").split()
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -3132,8 +3124,7 @@ def test_help_has_every_option_with_its_default(capsys, monkeypatch):
             assert f"default {field.default}" in about
 
 
-# --------------------------------------------------------------------------------------------------
-# eval.py
+# ---- eval.py -------------------------------------------------------------------------------------
 
 def metrics_of(sft=3, n_iter=2, n_mu=2, n_nu=2, look_every=0):
     """Rows such as train.py writes, with a number of its own in every field."""
@@ -3543,8 +3534,7 @@ def test_eval_from_the_shell(tmp_path):
         assert process.wait(60) == 130 and process.stdout.read() == b""
 
 
-# --------------------------------------------------------------------------------------------------
-# The house: who may import whom, how long it is, what the README says
+# ---- The house: who may import whom, how long it is, what the README says ------------------------
 
 ROOMS = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data"},
          "eval": {"iopo", "model", "data"}}
@@ -3657,8 +3647,7 @@ def test_readme_names_what_exists(capsys):
         assert (HERE / link).exists(), link
 
 
-# --------------------------------------------------------------------------------------------------
-# A real checkpoint, real preferences
+# ---- A real checkpoint, real preferences ---------------------------------------------------------
 
 @needs_shared
 def test_a_real_checkpoint_tells_its_story():

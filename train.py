@@ -73,8 +73,7 @@ class Config:
     eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Algorithm 1: the loop, one step, a player
+# ---- Algorithm 1: the loop, one step, a player ---------------------------------------------------
 
 def train(job, look=None):
     """Algorithm 1 in the run folder, from its checkpoint if it has one. Every --look-every steps
@@ -221,8 +220,7 @@ def held_out_logps(job):
     return torch.cat(parts, dim=1).cpu()
 
 
-# --------------------------------------------------------------------------------------------------
-# The run folder
+# ---- The run folder ------------------------------------------------------------------------------
 
 def find_run(given, resume):
     """The options of the run that is in --out already; None: a new one, numbered without --out."""
@@ -308,8 +306,7 @@ def log(file, bar, row):
     bar.update()
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line: all that can be wrong with data, model and options is found before writing
+# ---- The command line: whatever can be wrong is found before anything is written -----------------
 
 WORLD_PAIRS, LOOKED_AT = 3000, 200
 WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, head_dim=16,

@@ -57,8 +57,7 @@ def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-# --------------------------------------------------------------------------------------------------
-# Against TRL
+# ---- Against TRL ---------------------------------------------------------------------------------
 
 def tokenizer_for(pairs):
     """A byte-level BPE of these texts; the model is random, so any of the right size will do."""
@@ -232,8 +231,7 @@ def against_trl(data, sizes, rounds, against):
     print("", *notes, "", sep="\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# Growth
+# ---- Growth --------------------------------------------------------------------------------------
 
 def made_up(pairs=16, prompt=100, answer=50, vocab_size=VOCABULARY):
     rng = random.Random(0)

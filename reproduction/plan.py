@@ -18,8 +18,7 @@ RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)      # the candidates for every row, each
 STEPS_PER_TURN = 25                         # N_mu, but for the readings that change it
 
 
-# --------------------------------------------------------------------------------------------------
-# The rows
+# ---- The rows ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Variant:
@@ -86,8 +85,7 @@ def task_of(label, seed, choice, split, out, suffix=""):
     return Task(folder, {**options, "n_iter": steps // turn}, split, steps)
 
 
-# --------------------------------------------------------------------------------------------------
-# The choice of rates and steps
+# ---- The choice of rates and steps ---------------------------------------------------------------
 
 def tuned_rows():
     """The rows that have a choice of their own."""
@@ -153,8 +151,7 @@ def progress(name, tasks, jobs):
     return tqdm(total=seconds, desc=name, unit="s of work", smoothing=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# All runs
+# ---- All runs ------------------------------------------------------------------------------------
 
 def run_rows(chosen, seeds, ablation_seeds, out, pool, jobs):
     """Carry out every row for every seed on the test split: {label: [a result per seed]}."""

@@ -14,8 +14,7 @@ from reproduction.plan import (ABLATION, ALSO_COMPARED, FIGURE3, FIGURE4, OFFLIN
 from reproduction.runs import TEST_SAMPLES
 
 
-# --------------------------------------------------------------------------------------------------
-# The numbers
+# ---- The numbers ---------------------------------------------------------------------------------
 
 def summarize(seen, seeds):
     """All numbers of the tables and figures, JSON-able, from what carry_out saw of every row and
@@ -85,8 +84,7 @@ def histogram(samples):
     return {"edges": edges.tolist(), "rows": rows}
 
 
-# --------------------------------------------------------------------------------------------------
-# The tables
+# ---- The tables ----------------------------------------------------------------------------------
 
 SHOWN = (("reward", 2), ("accuracy", 3))
 PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8",
@@ -237,8 +235,7 @@ def table_choices(summary):
                      for label, choice in summary["tuning"]["chosen"].items()])
 
 
-# --------------------------------------------------------------------------------------------------
-# What cells are made of
+# ---- What cells are made of ----------------------------------------------------------------------
 
 def markdown(header, lines):
     return "\n".join("| " + " | ".join(cells) + " |"

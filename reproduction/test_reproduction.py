@@ -59,8 +59,7 @@ def refused(function, arguments, capsys):
     return lines[0]
 
 
-# --------------------------------------------------------------------------------------------------
-# Intervals, p values, votes, the theorems' values
+# ---- Intervals, p values, votes, the theorems' values --------------------------------------------
 
 def test_intervals_and_p_values_against_the_tables():
     """Student's t as any book prints it: two-sided 5% points, and closed forms for 1 and 2 degrees
@@ -131,8 +130,7 @@ def test_the_human_chooses_by_votes():
     assert 0 < share < 1 and plan.preferred(bad, good, seed=0) < 0.5 < share
 
 
-# --------------------------------------------------------------------------------------------------
-# A small reproduction
+# ---- A small reproduction ------------------------------------------------------------------------
 
 class Inline:
     """A pool of no processes, so that the small world reaches the runs; it remembers them."""
@@ -335,8 +333,7 @@ def test_readme_names_what_exists():
         assert (HERE / file).is_file(), file
 
 
-# --------------------------------------------------------------------------------------------------
-# Rounds of new pairs
+# ---- Rounds of new pairs -------------------------------------------------------------------------
 
 def small_start(tmp_path):
     """A model of the small safe world, and the Config of a round from it on."""
@@ -418,8 +415,7 @@ def test_rounds_on_a_policy_that_says_one_thing_stop(tmp_path, monkeypatch):
         rounds.rounds(config, 2, 1.0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Baichuan2's tokenizer
+# ---- Baichuan2's tokenizer -----------------------------------------------------------------------
 
 WORDS = "the cat sat on a mat and ate two of three red apples near here 1234 aaa".split()
 SENTENCES = [" ".join(random.Random(k).choices(WORDS, k=12)) for k in range(300)]
