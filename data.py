@@ -4,10 +4,8 @@
     tokenizer = Tokenizer.from_pretrained("model folder")    # or SafeWorld.tokenizer()
     rows, kept, report = encode_pairs(pairs, tokenizer, max_length=512)
     for step_rows in batches(rows, batch_size=32, seed=0):   # endless
-        for places, batch in micro_batches(step_rows, max_tokens=1536):
+        for batch in micro_batches(step_rows, max_tokens=1536):
             ...                                              # what model.response_logps takes
-
-Knows files, text and ids only: no model, no loss.
 """
 
 import functools
@@ -193,8 +191,6 @@ def messages(row, name):
 def text(row, name):
     if not isinstance(row[name], str):
         raise ValueError(f"{name} must be text, not a {type(row[name]).__name__}")
-    if re.search("[\ud800-\udfff]", row[name]):
-        raise ValueError(f"{name} holds half a character, a lone surrogate; mend the text")
     return row[name]
 
 
@@ -225,10 +221,8 @@ def parse_bytes(content, name, first_line=1, reader=json.loads):
         return reader(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line, reason = content[:error.start].count(b"\n"), f"not UTF-8 ({error.reason}); save it so"
-    except json.JSONDecodeError as error:
-        line, reason = error.lineno - 1, f"broken JSON ({error.msg} at column {error.colno})"
-    except (RecursionError, ValueError) as error:                  # too deep, or a number too long
-        line, reason = 0, f"JSON that cannot be read ({error})"
+    except (RecursionError, ValueError) as error:                  # broken, too deep, a long number
+        line, reason = getattr(error, "lineno", 1) - 1, f"broken JSON ({error})"
     raise ValueError(f"{name}, line {first_line + line}: {reason}")
 
 
@@ -243,21 +237,18 @@ def read_object(name, content, kind=dict):
 
 def open_dataset(source):
     """{split: its rows}, by the data's card, or else by the names of its files and folders."""
-    path = Path(source)
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{source}: is read by a library; pip install datasets") from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)      # what it logs is raised as well
     try:
-        splits = {"": datasets.Dataset.from_parquet(str(path))} if path.is_file() else \
+        splits = {"": datasets.Dataset.from_parquet(str(source))} if Path(source).is_file() else \
                  datasets.load_dataset(str(source))
     except Exception as error:                                     # of the net, the cache, Arrow
-        if path.exists() or not isinstance(error, OSError):
-            raise ValueError(f"{source}: cannot be read by datasets ({reason_of(error)}); the rows "
-                             "you mean in one .jsonl file need no library") from None
-        raise ValueError(f"{source}: neither a path here nor a dataset to be had from the Hugging "
-                         f"Face hub or its cache ({reason_of(error)})") from None
+        raise ValueError(f"{source}: cannot be read by datasets, neither as a path here nor from "
+                         f"the Hugging Face hub or its cache ({reason_of(error)}); the rows you "
+                         "mean in one .jsonl file need no library") from None
     return {name: dataset_rows(where(source, name), rows) for name, rows in splits.items()}
 
 
@@ -333,8 +324,7 @@ class Tokenizer:
             if not isinstance(token, str) or token not in ids:
                 raise ValueError(f"tokenizer.json lacks the special token {token!r}")
 
-        stops = generation.get("eos_token_id")
-        stops = model_eos if stops is None else stops
+        stops = generation.get("eos_token_id", model_eos)
         stops = stops if isinstance(stops, list) else [stops]
         stops = [i for i in [ids.get(self.special.get("eos_token")), *stops] if i is not None]
         if not stops or any(type(i) is not int or i not in ids.values() for i in stops):
@@ -581,16 +571,18 @@ def batches(rows, batch_size, seed, start=0):
 
 
 def micro_batches(rows, max_tokens):
-    """A list of (places in `rows`, their PairBatch): the rows, shortest first, cut at `max_tokens`
-    tokens (a longer row is a batch by itself; None: a single batch)."""
-    lengths = [sum(len(ids) for ids in row if ids is not None) for row in rows]
+    """PairBatches of the rows, shortest first, cut at `max_tokens` tokens (a longer row is a batch
+    by itself; None: a single batch)."""
+    def tokens(row):
+        return sum(len(ids) for ids in row if ids is not None)
+
     groups, room = [], 0
-    for place in sorted(range(len(rows)), key=lengths.__getitem__):
-        if not groups or max_tokens is not None and lengths[place] > room:
+    for row in sorted(rows, key=tokens):
+        if not groups or max_tokens is not None and tokens(row) > room:
             groups, room = groups + [[]], max_tokens or 0
-        groups[-1].append(place)
-        room -= lengths[place]
-    return [(places, PairBatch.from_ids([rows[place] for place in places])) for places in groups]
+        groups[-1].append(row)
+        room -= tokens(row)
+    return map(PairBatch.from_ids, groups)
 
 
 # ---- The safe world: a simulated stand-in for the paper's private "safe world view" data ---------
@@ -716,8 +708,6 @@ class SafeWorld:
                                     special_tokens=["<s>", "</s>"])
         backend.post_processor = tokenizers.processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)])
-        config = b'{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", ' \
-                 b'"eos_token": "</s>"}'
-        generation = b'{"bos_token_id": 0, "eos_token_id": 1}'
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>")
         return Tokenizer({"tokenizer.json": backend.to_str().encode(),
-                          "tokenizer_config.json": config, "generation_config.json": generation})
+                          "tokenizer_config.json": json.dumps(config).encode()})

@@ -6,8 +6,6 @@
     python eval.py runs/mine runs/dpo --plot FILE.png         # how they train or trained
     python eval.py runs/mine runs/dpo --answers FILE.jsonl    # for a judge, who adds scores; then
     python eval.py --scores FILE.jsonl                        # win/tie/lose by them
-
-README.md ("Run it") says what the columns of the table mean.
 """
 
 import argparse
@@ -25,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from data import (SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data,
-                  micro_batches, read_rows, replace_file)
+                  micro_batches, read_object, read_rows, replace_file)
 from iopo import preference_margin
 from model import Decoder, find_device, generate, response_logps
 
@@ -35,7 +33,7 @@ ROWS_AT_ONCE = 32           # prompts answered in one batch
 LIMIT = 1e15                # of numbers in options and scores
 OUTCOMES = ("win", "tie", "lose", "bad")
 COUNTS = "{win:d}/{tie:d}/{lose:d}/{bad:d}"
-TABLE = {                   # title of a column: what stands in it
+TABLE = {                   # title of a column: what stands in it; README.md says what that means
     "model": "{label}", "margin vs SFT": "{margin_vs_sft:.3f} ({margin_vs_sft_std:.3f})",
     "vs ENV": "{margin_vs_env:.3f} ({margin_vs_env_std:.3f})", "accuracy": "{accuracy:.3f}",
     "reward T={temperature}": "{reward:.2f}", "greedy": "{reward_greedy:.2f}",
@@ -48,7 +46,7 @@ TABLE = {                   # title of a column: what stands in it
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
     columns = []
-    for _, batch in micro_batches(rows, max_tokens=1536):
+    for batch in micro_batches(rows, max_tokens=1536):
         columns.append(torch.stack(response_logps(model, batch.to(model.device))).cpu())    # (2, B)
         bar.update(len(batch))
     return torch.cat(columns, dim=1)
@@ -266,18 +264,18 @@ def compare_scores(_, options):
     counts = tally([(a, b, max(a, b) <= bad) for a, b in zip(*scores.values())], options.tie)
     votes, fewer = counts["win"] + counts["lose"], min(counts["win"], counts["lose"])
     tail = sum(math.comb(votes, k) for k in range(fewer + 1)) / 2**votes
-    runs = {run: {"mean_score": mean(some), "lowest": min(some), "highest": max(some), "bad_rate":
-                  None if options.bad is None else mean(score <= bad for score in some)}
-            for run, some in scores.items()}
     report = {"prompts": sum(counts.values()), "tie_at_most": options.tie, "bad_at_most":
-              options.bad, **counts, "p_sign_test": min(1.0, 2 * tail), "runs": runs}  # two-sided
+              options.bad, **counts, "p_sign_test": min(1.0, 2 * tail), "runs": {}}     # two-sided
+    for run, some in scores.items():
+        rate = None if options.bad is None else mean(score <= bad for score in some)
+        report["runs"][run] = {"mean_score": mean(some), "bad_rate": rate}
     if options.json:
         return print(json.dumps(report, indent=2))
-    print(f"{report['prompts']} prompts judged; {' against '.join(runs)}, win/tie/lose/bad: "
+    print(f"{report['prompts']} prompts judged; {' against '.join(scores)}, win/tie/lose/bad: "
           f"{show(COUNTS, counts)} (two-sided sign test: p = {report['p_sign_test']:.3f})")
-    for run, numbers in runs.items():
-        print(f"{run}: " + "mean score {mean_score:.3f} (from {lowest:g} to {highest:g}), bad "
-              .format(**numbers) + show("{bad_rate:.3f}", numbers))
+    for run, numbers in report["runs"].items():
+        print(f"{run}: mean score {numbers['mean_score']:.3f}, "
+              f"bad {show('{bad_rate:.3f}', numbers)}")
 
 
 def read_scores(path):
@@ -330,18 +328,18 @@ def plot(_, options):
 
 
 def read_metrics(run):
-    """A run's rows so far; SFT's loss has another name. The end of a line may not be there yet."""
-    path, rows = Path(run) / "metrics.jsonl", []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    """A run's rows so far; SFT's loss has another name."""
+    rows = []
+    for row, origin in read_rows(Path(run) / "metrics.jsonl"):
         try:
-            row = {**json.loads(line), "run": run}
-            row["step"], COLORS[row["player"]]                     # must be there
             row["loss of sft" if row["player"] == "sft" else "loss"] = row.pop("loss")
-            rows.append(row | {name: float(row[name]) for name in ("step", *PANELS) if name in row})
-        except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"{path}, line {number}: no row of metrics, or damaged") from None
+            numbers = {name: float(row[name]) for name in ("step", *PANELS) if name in row}
+            rows.append({"run": run, "player": row["player"], **numbers})
+            COLORS[row["player"]], numbers["step"]                 # must be there
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{origin}: no row of metrics") from None
     if not rows:
-        raise ValueError(f"{path}: has no step yet")
+        raise ValueError(f"{run}: has no step yet")
     return rows
 
 
@@ -354,12 +352,10 @@ READS = {**dict.fromkeys(("model", "data", "held_out", "leave_out"), str | None)
 
 def open_run(folder, start):
     """A run folder as train.py leaves it; `start`: what to measure against, if not its own."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not all(isinstance(config.get(name), kind) for name, kind in READS.items()):
-            raise ValueError
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{folder}: no run of train.py (no readable config.json)") from None
+    path = folder / "config.json"
+    config = read_object(path, path.read_bytes()) if path.is_file() else {}
+    if not all(isinstance(config.get(name), kind) for name, kind in READS.items()):
+        raise ValueError(f"{folder}: no run of train.py (no config.json of one)")
     models = {"protagonist": folder / "protagonist"}
     models |= {"adversary": folder / "adversary"} if config["n_nu"] else {}
     if not all(map(Path.is_dir, models.values())):
@@ -385,13 +381,11 @@ DEFAULTS = {"runs": [], "tie": 0.0, "max_new_tokens": 48, "seed": 0, "device": "
 
 
 def parse_arguments(arguments):
-    def refuse(message):                                           # a sentence, as main prints them
-        raise ValueError(message)
-
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error, option = refuse, parser.add_argument
+    parser.print_usage = lambda file: None                         # a refusal is one sentence
+    option = parser.add_argument
     option("runs", nargs="*", metavar="RUN", help="run folder of train.py")
     option("--data", help="other pairs: all of a file, or what a folder or hub dataset holds out")
     option("--sft", help="model that margins are measured against (default: the run's start)")
@@ -413,11 +407,11 @@ def parse_arguments(arguments):
         flag = "RUN" if name == "runs" else "--" + name.replace("_", "-")
         least = {"bad": -LIMIT, "max_new_tokens": 1}.get(name, 0)
         if name not in TASKS[task][1]:
-            refuse(f"--{task} takes no {flag}" if task in given else f"{flag} needs --scores")
+            parser.error(f"--{task} takes no {flag}" if task in given else f"{flag} needs --scores")
         if type(value) in (int, float) and not least <= value <= LIMIT:
-            refuse(f"{flag} must be from {least:g} to {LIMIT:g}, not {value}")
+            parser.error(f"{flag} must be from {least:g} to {LIMIT:g}, not {value}")
     if task != "scores" and "runs" not in given:
-        refuse("needs a RUN, the folder of a run of train.py")
+        parser.error("needs a RUN, the folder of a run of train.py")
     temperature = 0.0 if task == "prompt" else 0.8
     return argparse.Namespace(**DEFAULTS | {"temperature": temperature} | given, task=task)
 

@@ -123,7 +123,7 @@ def iopo_gradient_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rej
 
 
 # ---- The baselines' losses -----------------------------------------------------------------------
-# One signature: loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
+# All are loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, ...) -> (B,)
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta=0.1):
     """-log sigmoid(beta * h) (Eq. 7; Rafailov et al., arXiv 2305.18290), shape (B,)."""

@@ -62,9 +62,9 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head())
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
-        """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices. `attend(layer,
-        q, k, v)` is given queries (B, T, H, d), keys and values (B, T, K, d), rotated, and returns
-        what the queries read."""
+        """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices. To
+        `attend(layer, q, k, v)` go queries (B, T, H, d), keys and values (B, T, K, d), rotated; it
+        returns what the queries read."""
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                      # (B, T, D)
         for layer, block in enumerate(self.model.layers):
@@ -205,10 +205,10 @@ def causal(attention_mask, T):
 
 
 def attend_pairs(masks, layer, q, k, v):
-    """The pairs of a data.PairBatch, one after another in a single row, each by its own mask over
-    all its tokens, in q's dtype."""
-    parts = (x.split([len(mask) for mask in masks], dim=1) for x in (q, k, v))
-    return torch.cat([attention(*pair) for pair in zip(*parts, masks)], dim=1)      # (1, T, H, d)
+    """The pairs of a data.PairBatch, one after another in a single row, each by its own mask."""
+    parts = zip(*(x.split([len(mask) for mask in masks], dim=1) for x in (q, k, v)))
+    out = [attention(*part, mask.to(q.dtype)) for part, mask in zip(parts, masks)]
+    return torch.cat(out, dim=1)                                                    # (1, T, H, d)
 
 
 # ---- Response log-probabilities ------------------------------------------------------------------
@@ -234,11 +234,8 @@ def response_logps(model, batch):
     The prompt passes the layers once for both answers. Only what predicts a token of an answer
     meets the vocabulary: CHUNK at a time, whose logits are computed again in the backward pass
     and never kept."""
-    kind, dtype = model.device.type, next(model.parameters()).dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)                      # of the products
-    attend = functools.partial(attend_pairs, [mask.to(dtype) for mask in batch.masks])
-    hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0].to(dtype)
+    attend = functools.partial(attend_pairs, batch.masks)
+    hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0]    # (N, D)
     weight = model.head()                                                           # (V, D)
     token_logps = [recomputed(target_logps, some, weight, targets)
                    for some, targets in zip(hidden.split(CHUNK), batch.targets.split(CHUNK))]
@@ -247,9 +244,9 @@ def response_logps(model, batch):
 
 
 def target_logps(hidden, weight, targets):
-    """log softmax(hidden @ weight^T) at the targets: (n, D), (V, D), (n,) -> (n,), float32. The
-    weight is converted here, so that its gradients of all chunks are summed in its own dtype."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()                      # (n, V)
+    """log softmax(hidden @ weight^T) at the targets: (n, D), (V, D), (n,) -> (n,), float32."""
+    weight = weight.view_as(weight)     # of a view autocast keeps no copy, in whose lower precision
+    logits = F.linear(hidden, weight).float()   # gradients of all chunks would be summed   # (n, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -260,10 +257,8 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
     """Continue prompts (lists of token ids, of different lengths) in one batch; returns the lists
     of new ids, without prompt and EOS. `eos_id` is an int or several; temperature 0 takes the
     likeliest token. Random draws come from `generator`, a torch.Generator on the model's device."""
-    if not all(prompts) or min(temperature, max_new_tokens) < 0:
-        raise ValueError("a prompt needs tokens; temperature and max_new_tokens are at least 0")
-    if not prompts:
-        return []
+    if not prompts or not all(prompts) or min(temperature, max_new_tokens) < 0:
+        raise ValueError("prompts need tokens; temperature and max_new_tokens are at least 0")
     device, head = model.device, model.head()                                       # head (V, D)
     stop = torch.as_tensor(eos_id, device=device)
     longest = max(map(len, prompts))
@@ -312,8 +307,7 @@ def find_device(name):
         torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name} is not to be had here ({reason})") from None
+        raise ValueError(f"no device {name} here ({str(error).splitlines()[0]})") from None
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -386,9 +380,8 @@ class DecoderConfig:
         try:
             raw = flattened(source)
             refuse_unsupported(raw, source.get("sliding_window", 4096))     # transformers' default
-            scaling = {name: raw.get(name) for name in ROPE_TYPES[raw["rope_type"]]}
-            raw["rope_scaling"] = {"rope_type": raw["rope_type"], **scaling} if scaling else None
-            raw["source"] = source
+            scaling = {name: raw.get(name) for name in ("rope_type", *ROPE_TYPES[raw["rope_type"]])}
+            raw |= {"source": source, "rope_scaling": scaling if len(scaling) > 1 else None}
             return cls(**{each.name: raw.get(each.name) for each in fields(cls)
                           if each.name in raw or each.default is MISSING})      # then it is None
         except (TypeError, ValueError) as error:

@@ -168,7 +168,7 @@ with open("pairs.jsonl", "w") as file:
 training, held_out, note = data.load_data("pairs.jsonl")
 assert len(training) + len(held_out) == 40 and training and held_out and note
 rows = data.encode_pairs(data.SafeWorld().pairs("train", 20), data.SafeWorld.tokenizer(), 99)[0]
-assert sum(len(batch) for _, batch in data.micro_batches(rows, 300)) == 20
+assert sum(len(batch) for batch in data.micro_batches(rows, 300)) == 20
 """}
 
 
@@ -727,8 +727,7 @@ def gradients_agree(found, expected):
 @pytest.mark.parametrize("seed", range(24))
 def test_the_fast_path_equals_the_two_row_path(seed, monkeypatch):
     """Log-probs to 1e-5, gradients to 1e-4 in norm for every tensor: any mix of lengths, one-token
-    prompts and answers, shared prefixes, prompts long enough to be attended on their own, logits in
-    chunks, layers recomputed."""
+    prompts and answers, shared prefixes, long prompts, logits in chunks, layers recomputed."""
     rng = random.Random(seed)
     shape = rng.choice(list(SHAPES.values()))
     model = tiny_model(seed, **shape)
@@ -737,7 +736,6 @@ def test_the_fast_path_equals_the_two_row_path(seed, monkeypatch):
         rows += [([rng.randrange(3, 53) for _ in range(rng.randrange(60, 80))], *row[1:])
                  for row in random_rows(rng, 2)]
     rng.shuffle(rows)
-    monkeypatch.setattr(decoder, "LONG_CONTEXT", rng.choice((1, 3, 64)))
     monkeypatch.setattr(decoder, "CHUNK", rng.choice((1, 5, 512)))
     model.gradient_checkpointing = rng.random() < 0.3
     coefficients = torch.randn(2, len(rows), generator=torch.Generator().manual_seed(seed))
@@ -780,7 +778,7 @@ def test_no_logits_outlive_their_chunk(monkeypatch):
     assert not any(1009 in shape and shape[0] != 1009 for shape in saved)
 
 
-def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all():
+def test_prompt_tokens_pass_each_layer_once_and_the_last_feed_forward_not_at_all():
     """Counted where the work is: rows of every linear layer's input for a pair with a prompt of
     40, whose last token stands before both answers, and whose EOS tokens are no input."""
     model, seen = tiny_model(), Counter()
@@ -791,7 +789,7 @@ def test_prompt_tokens_pass_each_layer_once_and_the_last_not_at_all():
     response_logps(model, PairBatch.from_ids([(list(range(3, 43)), [5, 6, 2], [7, 8, 9, 2])]))
     last = len(model.model.layers) - 1
     for name, tokens in seen.items():
-        few = f"layers.{last}." in name and not name.endswith(("k_proj", "v_proj"))
+        few = f"layers.{last}.mlp." in name
         assert tokens == (3 + 4 if few else 39 + 3 + 4), name
     assert len(seen) == 7 * (last + 1)
 
@@ -947,10 +945,10 @@ def test_sampling_follows_the_softmax():
 
 def test_generation_edges():
     model = tiny_model()
-    assert generate(model, [], 5, 0, 2) == []
     assert generate(model, [[3], [4, 5]], 0, 0, 2) == [[], []]
-    with pytest.raises(ValueError):
-        generate(model, [[3], []], 5, 0, 2)
+    for prompts in ([[3], []], []):
+        with pytest.raises(ValueError, match="prompts need tokens"):
+            generate(model, prompts, 5, 0, 2)
 
 
 # ---- model.py: Hugging Face folders --------------------------------------------------------------
@@ -1101,12 +1099,10 @@ def test_a_tied_head_that_is_stored_too(tmp_path):
 QWEN_WINDOW = dict(sliding_window=64, use_sliding_window=True)
 
 
-def test_windows_that_no_layer_looks_at(tmp_path):
+def test_windows_that_nobody_looks_at(tmp_path):
     tiny_model(model_type="qwen2").save_pretrained(tmp_path)
-    for changes in (dict(max_window_layers=2), dict(layer_types=["full_attention"] * 2),
-                    dict(use_sliding_window=False), dict(sliding_window=2048)):
-        edit_json(tmp_path / "config.json", **{
-            **QWEN_WINDOW, "layer_types": None, "max_window_layers": 0, **changes})
+    for changes in (dict(use_sliding_window=False), dict(sliding_window=2048)):
+        edit_json(tmp_path / "config.json", **{**QWEN_WINDOW, **changes})
         Decoder.from_pretrained(tmp_path)
 
 
@@ -1257,11 +1253,7 @@ BROKEN_MODELS = {
     # windows
     "sliding": (config(model_type="mistral", sliding_window=64), "sliding_window 64"),
     "sliding by default": (sliding_by_default, "sliding_window 4096"),
-    "sliding layers": (config(model_type="qwen3", **QWEN_WINDOW,
-                              layer_types=["full_attention", "sliding_attention"]),
-                       "sliding_window 64"),
-    "sliding qwen": (config(model_type="qwen2", **QWEN_WINDOW, max_window_layers=1),
-                     "sliding_window 64"),
+    "sliding qwen": (config(model_type="qwen3", **QWEN_WINDOW), "sliding_window 64"),
     # tensors
     "missing": (weights(lambda t: t.pop("model.norm.weight")),
                 "tensor model.norm.weight is missing"),
@@ -1291,9 +1283,9 @@ BROKEN_MODELS = {
                              "model-1.safetensors: cannot be read"),
     "a bin of code": (instead(BIN, {"a": Malicious()}), "pytorch_model.bin: cannot be read"),
     "a bin of a list": (instead(BIN, [1]), "cannot be read (it holds a list"),
-    "a bin of numbers": (bin_with({"model.norm.weight": 1}), "its model.norm.weight is no plain"),
+    "a bin of numbers": (bin_with({"model.norm.weight": 1}), "it is no plain tensor"),
     "a sparse bin": (bin_with({"lm_head.weight": torch.ones(53, 32).to_sparse()}),
-                     "its lm_head.weight is no plain tensor"),
+                     "tensor lm_head.weight must hold finite numbers"),
 }
 
 
@@ -1442,10 +1434,8 @@ BAD_FILES = {
     "latin-1": ("pairs.jsonl", GOOD + b"\n" + GOOD.replace(b'"p"', b'"\xe9"'), "line 2: not UTF-8"),
     "latin-1 json": ("pairs.json", b"[\n" + GOOD.replace(b'"p"', b'"\xe9"') + b"]",
                      "line 2: not UTF-8"),
-    "surrogate": ("pairs.jsonl", GOOD.replace(b'"p"', b'"\\ud800"'),
-                  "line 1: prompt holds half a character"),
     "long number": ("pairs.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}",
-                    "line 1: JSON that cannot be read"),
+                    "line 1: broken JSON (Exceeds the limit"),
     "deep": ("pairs.json", b"[" * 100000, "line 1: "),
     "not gzip": ("pairs.jsonl.gz", GOOD, "cannot be read"),
     "cut gzip": ("pairs.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "cannot be read"),
@@ -1465,6 +1455,14 @@ def test_bad_files_name_file_and_line(name, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_data(tmp_path / "good.jsonl", held_out=path)
     assert str(error.value).startswith(str(path))
+
+
+def test_half_a_character_is_refused_where_it_stands(tmp_path):
+    """A lone surrogate, which JSON can spell and UTF-8 cannot."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(GOOD + b"\n" + GOOD.replace(b'"p"', b'"\\ud800"'))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: the tokenizer cannot read")):
+        encode_pairs(load_pairs(path), SafeWorld.tokenizer(), 64)
 
 
 def test_split_is_by_prompt_and_complete(tmp_path):
@@ -1662,7 +1660,7 @@ def test_held_out_beside_splits(tmp_path, library):
 
 def test_folders_without_data_and_hidden_files(tmp_path, library):
     write_rows(tmp_path / "set/.cache/train.jsonl", [])
-    with pytest.raises(ValueError, match=r"cannot be read by datasets \(.*any data files"):
+    with pytest.raises(ValueError, match=r"cannot be read by datasets, .*any data files"):
         load_pairs(tmp_path / "set")
     write_rows(tmp_path / "set/mine.jsonl", plain("a"))
     assert load_pairs(tmp_path / "set") == [Pair("ask a", "a", "bad")]
@@ -1738,8 +1736,8 @@ def test_dataset_by_its_hub_name(tmp_path, library, offline):
     assert note == "some/pairs, split train trains, some/pairs, split test is held out"
     assert training[0].origin == "some/pairs, split train, row 1"
     for name in ("no/pairs", "nothing", "no.parquet", "/no/folder", "no/folder/here"):
-        with pytest.raises(ValueError, match=f"^{name}: neither a path here nor a dataset to be "
-                           r"had from the Hugging Face hub or its cache \(.+\)$"):
+        with pytest.raises(ValueError, match=f"^{name}: cannot be read by datasets, neither as a "
+                           r"path here nor from the Hugging Face hub or its cache \(.+\); "):
             load_pairs(name)
     write_rows(tmp_path / "some/pairs/train.jsonl", plain("mine"))
     assert chosen(load_pairs("some/pairs")) == ["mine"]
@@ -1747,17 +1745,15 @@ def test_dataset_by_its_hub_name(tmp_path, library, offline):
 
 @pytest.mark.parametrize("error,message", (
     (ValueError("Config name is missing.\nTake a or b."),
-     "cannot be read by datasets (Config name is missing. Take a or b.); the rows you mean in one"),
-    (ConnectionError("no net"), "neither a path here nor a dataset to be had from the Hugging Face "
-                                "hub or its cache (no net)"),
-    (KeyError(), "cannot be read by datasets (KeyError)")))
+     "(Config name is missing. Take a or b.); the rows you mean in one"),
+    (ConnectionError("no net"), "(no net)"), (KeyError(), "(KeyError)")))
 def test_errors_of_a_hub_dataset(error, message, library, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def load_dataset(name):
         raise error from RuntimeError("its cause") if isinstance(error, OSError) else None
     monkeypatch.setattr(library, "load_dataset", load_dataset)
-    with pytest.raises(ValueError, match=re.escape(f"some/pairs: {message}")):
+    with pytest.raises(ValueError, match="^some/pairs: cannot be read.*" + re.escape(message)):
         load_pairs("some/pairs")
 
 
@@ -1833,8 +1829,8 @@ def test_the_file_alone_works(tmp_path):
         sys.modules |= dict.fromkeys(("datasets", "pyarrow", "huggingface_hub", "transformers"))
         from data import *
         rows, kept, _ = encode_pairs(load_pairs("pairs.jsonl"), SafeWorld.tokenizer(), 64)
-        (places, batch), = micro_batches(next(batches(rows, 2, seed=0)), None)
-        assert len(kept) == len(batch) == len(places) == 2
+        batch, = micro_batches(next(batches(rows, 2, seed=0)), None)
+        assert len(kept) == len(batch) == 2
         """
     subprocess.run([sys.executable, "-c", "\n".join(map(str.strip, code.splitlines()))],
                    cwd=tmp_path, check=True)
@@ -2085,17 +2081,20 @@ def test_batches_visit_every_row_once_an_epoch_and_start_anywhere():
 
 def test_micro_batches_hold_every_row_within_the_budget():
     rows = random_rows(random.Random(0), 40)
-    cut = micro_batches(rows, max_tokens=60)
-    assert sorted(place for places, _ in cut for place in places) == list(range(40))
-    assert len(cut) > 5
-    for places, batch in cut:
-        assert batch.targets.tolist() == [
-            token for place in places for answer in rows[place][1:] for token in answer]
-    sizes = [sum(len(ids) for place in places for ids in rows[place]) for places, _ in cut]
-    assert all(size <= 60 for size, (places, _) in zip(sizes, cut) if len(places) > 1)
-    assert all(size + sum(map(len, rows[cut[k + 1][0][0]])) > 60       # none is cut too early
-               for k, size in enumerate(sizes[:-1]))
-    assert len(micro_batches(rows, None)) == 1
+    by_answers = {(*row[1], *row[2]): sum(map(len, row)) for row in rows}      # their tokens
+    assert len(by_answers) == 40
+    sizes, answers = [], []
+    for batch in micro_batches(rows, max_tokens=60):
+        tokens, ends = batch.targets.tolist(), itertools.accumulate(batch.lengths)
+        starts = [0, *ends][::2]
+        found = [tuple(tokens[a:b]) for a, b in itertools.pairwise(starts)]
+        answers += found
+        sizes.append([by_answers[some] for some in found])
+    assert sorted(answers) == sorted(by_answers) and len(sizes) > 5
+    assert all(sum(some) <= 60 or len(some) == 1 for some in sizes)
+    assert all(sum(some) + after[0] > 60                               # none is cut too early
+               for some, after in itertools.pairwise(sizes))
+    assert len(list(micro_batches(rows, None))) == 1
 
 
 # The safe world
@@ -2275,7 +2274,7 @@ def world_rows():
 def eighth(rows, number):
     """The batch of that number of a stream of 8 pairs a step; all of these are in one epoch."""
     order = np.random.default_rng([0, 0]).permutation(60)[8 * number:8 * number + 8]
-    (_, batch), = micro_batches([rows[k] for k in order], None)
+    batch, = micro_batches([rows[k] for k in order], None)
     return batch
 
 
@@ -2760,7 +2759,6 @@ DAMAGES = {
     "half a config": (lambda run: cut(run / "config.json", 100), "config.json"),
     "another config": (lambda run: (run / "config.json").write_text("[[]]"), "config.json"),
     "a list of names": (lambda run: (run / "config.json").write_text('["lr"]'), "config.json"),
-    "a value of no type": (lambda run: edit_json(run / "config.json", lr=None), "config.json"),
     "no such method": (lambda run: edit_json(run / "config.json", method="mine"), "--method"),
     "a wrong type": (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
     "a truth for a number": (lambda run: edit_json(run / "config.json", n_mu=True), "--n-mu"),
@@ -2878,7 +2876,7 @@ def test_an_option_is_refused_where_the_method_never_reads_it(method):
             assert getattr(train.make_config({"method": method, name: value}), name) == value
         else:
             flag = "--" + name.replace("_", "-")
-            with pytest.raises(train.Refused, match=f"^{flag} .*--method {method}"):
+            with pytest.raises(ValueError, match=f"^{flag} .*--method {method}"):
                 train.make_config({"method": method, name: value})
 
 
@@ -2951,7 +2949,8 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
                                           "rejected": asked + [turn("assistant", "y")]}])
     (tmp_path / "empty").mkdir()
     for name, stop in (("stop", [1, 99999]), ("less", -1)):
-        edit_json(model_folder(tmp_path / name) / "generation_config.json", eos_token_id=stop)
+        (model_folder(tmp_path / name) / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": stop}))
     small = model_folder(tmp_path / "small")
     Decoder(tiny_config(vocab_size=20)).save_pretrained(small)
     before = contents(tmp_path)
@@ -2965,12 +2964,12 @@ def test_models_and_data_that_are_refused(tmp_path, capsys, monkeypatch):
             ("--model small --data good.jsonl", "more ids than the embeddings, 20"),
             ("--model stop --data good.jsonl", "99999"),
             ("--model less --data good.jsonl", "eos_token_id"),
-            ("--model model --data good.jsonl --max-length 129", "model's 128 positions"),
+            ("--model model --data good.jsonl --max-length 129", "the model has 128 positions"),
             ("--model model --data good.jsonl --held-out bad.jsonl", "bad.jsonl, line 2"),
             ("--model model --data good.jsonl --held-out gone.jsonl", "gone.jsonl"),
-            ("--model model --data good.jsonl --look-every 1", "pair is left to train on, or"),
+            ("--model model --data good.jsonl --look-every 1", "left to train on or to look at"),
             ("--model model --data good.jsonl --held-out same.jsonl --look-every 1",
-             "for --look-every, as counted"),
+             "to look at, as counted"),
             ("--model model --data good.jsonl --leave-out toxic", "'toxic'")):
         assert words in refused(train.main, flags.split(), capsys), flags
     (tmp_path / "model/tokenizer.json").write_text("{}")
@@ -3313,10 +3312,8 @@ def test_scores_by_hand(tmp_path, capsys):
     numbers, report = counts(path, "--bad", "0")
     assert numbers == [4, 1, 1, 1] and report["p_sign_test"] == pytest.approx(0.375)
     assert report["runs"] == {
-        "mine": {"mean_score": pytest.approx(12 / 7), "lowest": 0, "highest": 3,
-                 "bad_rate": pytest.approx(1 / 7)},
-        "other": {"mean_score": pytest.approx(6 / 7), "lowest": 0, "highest": 3,
-                  "bad_rate": pytest.approx(3 / 7)}}
+        "mine": {"mean_score": pytest.approx(12 / 7), "bad_rate": pytest.approx(1 / 7)},
+        "other": {"mean_score": pytest.approx(6 / 7), "bad_rate": pytest.approx(3 / 7)}}
     assert counts(path, "--tie", "1")[0] == [3, 3, 1, 0]
     fractions = ((.3, .2), (.8, .7), (.7, .6), (1.1, 1.0), (.5, .39))
     near = write_rows(tmp_path / "near.jsonl", [line(*case, 0) for case in fractions])
@@ -3426,8 +3423,7 @@ def test_plot_writes_a_whole_picture_of_an_unfinished_run(tmp_path, capsys, monk
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
-    rows = write_rows(Path("run/metrics.jsonl"), metrics_of())
-    rows.write_bytes(rows.read_bytes() + b'{"step": 12, "itera')   # a line that is being written
+    write_rows(Path("run/metrics.jsonl"), metrics_of())
     for name in ("curves.png", "curves.svg"):
         examination.main(["run", "--plot", name])
         assert name in capsys.readouterr().out
@@ -3443,10 +3439,10 @@ def test_plot_writes_a_whole_picture_of_an_unfinished_run(tmp_path, capsys, monk
             ("run --plot x.png --seed 1", "--plot takes no --seed"),
             ("run --plot x.png --device auto", "--plot takes no --device"),
             ("run --plot x.png --prompt hello", "--plot"), ("run --plot x.png --sft run", "--sft"),
-            ("empty --plot x.png", "No such file or directory: 'empty/metrics.jsonl'"),
+            ("empty --plot x.png", "empty/metrics.jsonl: cannot be read (No such file"),
             ("run gone --plot x.png", "gone/metrics"), ("young --plot x.png", "no step yet")):
         assert word in refused(examination.main, arguments.split(), capsys), arguments
-    for damage in (b"{", b"[]", b"3", b"null", b'"step"', b"{}", b"\xff", b"", b'{"step": 1}',
+    for damage in (b"{", b"[]", b"3", b"null", b'"step"', b"{}", b"\xff", b'{"step": 1}',
                    b'{"step": 1, "iteration": 0, "player": "me", "loss": 1}',
                    b'{"step": 1, "iteration": 0, "player": [], "loss": 1}',
                    b'{"iteration": 0, "player": "sft", "loss": 1}'):
@@ -3571,7 +3567,7 @@ def test_algorithm_1_stands_at_the_head_of_train_and_on_one_screen():
 
 def test_the_five_rooms_do_not_grow():
     counts = {room: len((HERE / f"{room}.py").read_text().splitlines()) for room in ROOMS}
-    assert sum(counts.values()) <= 2470, counts
+    assert sum(counts.values()) <= 2350, counts
 
 
 def test_no_line_is_over_100_characters():

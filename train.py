@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from data import (SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data,
-                  micro_batches, replace_file)
+                  micro_batches, read_object, replace_file)
 from iopo import ADVERSARIES, LOSSES, iopo_weight, preference_margin, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
 
@@ -99,7 +99,6 @@ def train(job, look=None):
                 metrics |= look(job, step, iteration, name)
             log(file, bar, {"step": step, "iteration": iteration, "player": name, **metrics})
             if step == len(schedule) or config.save_every and step % config.save_every == 0:
-                file.flush()
                 save_checkpoint(job, step)
     save_player(out / "protagonist", mu, job.tokenizer)                         # line 12
     if config.n_nu:
@@ -110,7 +109,7 @@ def optimizer_step(agent, env, rows, config):
     """One step of AGENT on the mean loss over all `rows`, in micro-batches, with ENV frozen.
     ENV reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
     seen = []
-    for _, batch in micro_batches(rows, config.micro_tokens):
+    for batch in micro_batches(rows, config.micro_tokens):
         batch, env_logps = batch.to(agent.model.device), (None, None)
         if agent.loss != "sft":
             with torch.no_grad():                                   # ENV is frozen here
@@ -164,12 +163,8 @@ def pair_losses(name, logps, env_logps, batch, config):
     """LOSSES[name] with those options and lengths that it takes, shape (B,)."""
     known = {**vars(config), "chosen_lengths": batch.chosen_lengths,
              "rejected_lengths": batch.rejected_lengths}
-    return LOSSES[name](*logps, *env_logps, **{key: known[key] for key in keywords(LOSSES[name])})
-
-
-def keywords(loss):
-    """The options that a loss takes, and the lengths."""
-    return inspect.getfullargspec(loss).kwonlyargs
+    wanted = inspect.getfullargspec(LOSSES[name]).kwonlyargs
+    return LOSSES[name](*logps, *env_logps, **{key: known[key] for key in wanted})
 
 
 def measure(loss, config, losses, chosen, rejected, env_chosen, env_rejected, lengths):
@@ -216,7 +211,7 @@ def held_out_logps(job):
     """(2, n): the protagonist's log pi(y_w|x) and log pi(y_l|x) of the held-out pairs."""
     mu = job.players["protagonist"]
     parts = [torch.stack(mu.logps(batch.to(mu.model.device)))
-             for _, batch in micro_batches(job.held_out, job.config.micro_tokens or 1536)]  # (2, B)
+             for batch in micro_batches(job.held_out, job.config.micro_tokens or 1536)]  # (2, B)
     return torch.cat(parts, dim=1).cpu()
 
 
@@ -226,22 +221,19 @@ def find_run(given, resume):
     """The options of the run that is in --out already; None: a new one, numbered without --out."""
     if "out" not in given:
         if resume:
-            raise Refused("--resume needs --out, the run to go on with")
+            raise ValueError("--resume needs --out, the run to go on with")
         names = (f"runs/{given.get('method', Config.method)}-{k}" for k in range(1, sys.maxsize))
         given["out"] = next(name for name in names if not Path(name).exists())
     out = Path(given["out"])
     if not out.exists() or out.is_dir() and {path.suffix for path in out.iterdir()} <= {".partial"}:
         return None
     if not resume:
-        raise Refused(f"--out {out} exists and is not empty; take another one, or --resume")
-    try:
-        found, fields = json.loads((out / "config.json").read_text()), dataclasses.fields(Config)
-        resolved = [found[field.name] for field in fields if "world" in field.metadata]
-        if found.keys() != {field.name for field in fields} or None in resolved:
-            raise ValueError
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        raise Refused(f"--out {out} has no readable config.json of this version of the code; go on "
-                      "with it by the version that began it") from None
+        raise ValueError(f"--out {out} exists and is not empty; take another one, or --resume")
+    path = out / "config.json"
+    found = read_object(path, path.read_bytes()) if path.is_file() else {}
+    if found.keys() != vars(Config()).keys():
+        raise ValueError(f"--out {out} has no config.json of this version of the code; go on with "
+                         "it by the version that began it")
     return found | {"out": given["out"]}                            # it may have been moved
 
 
@@ -289,10 +281,10 @@ def load_checkpoint(job, steps):
             if state["data"] != job.fingerprint or done > min(steps, len(lines)):
                 raise ValueError
         except Exception:                                      # a damaged file can raise anything
-            raise Refused(f"{path}: damaged, or does not fit the pairs, config.json and "
+            raise ValueError(f"{path}: damaged, or does not fit the pairs, config.json and "
                           "metrics.jsonl; resume needs all of them as they were") from None
     replace_file(metrics, b"".join(lines[:done]))
-    return done, metrics.open("a")
+    return done, metrics.open("a", buffering=1)                      # by lines
 
 
 def log(file, bar, row):
@@ -313,10 +305,6 @@ WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, h
                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
          ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta"))]
-
-
-class Refused(ValueError):
-    """Input or options that cannot be used; the message is one sentence."""
 
 
 @dataclasses.dataclass
@@ -342,7 +330,7 @@ def prepare(config):
     held_out, _, other_report = encode_pairs(held_out, tokenizer, config.max_length)
     print(f"training pairs: {report}\nheld out: {other_report}")
     if not rows or config.look_every and not held_out:
-        raise Refused("no usable pair is left to train on, or for --look-every, as counted above")
+        raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
     fingerprint = hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()
     model.to(find_device(config.device))
@@ -368,11 +356,11 @@ def start_model(config):
     ids, context = model.config.vocab_size, model.config.max_position_embeddings
     config.max_length = config.max_length or min(context, 1024)
     if config.data is None and tokenizer.files["tokenizer.json"] != world.files["tokenizer.json"]:
-        raise Refused(f"--model {config.model} needs --data: it is no model of the safe world")
+        raise ValueError(f"--model {config.model} needs --data: it is no model of the safe world")
     if tokenizer.largest_id >= ids:
-        raise Refused(f"{config.model}: its tokenizer has more ids than the embeddings, {ids}")
+        raise ValueError(f"{config.model}: its tokenizer has more ids than the embeddings, {ids}")
     if config.max_length > context:
-        raise Refused(f"--max-length {config.max_length} is over the model's {context} positions")
+        raise ValueError(f"--max-length {config.max_length}: the model has {context} positions")
     return tokenizer, model
 
 
@@ -392,13 +380,14 @@ def make_config(options, given=None):
             setattr(config, field.name, default)
     for name, other in (("data", "model"), ("leave_out", "data"), ("held_out", "data")):
         if getattr(config, name) is not None and getattr(config, other) is None:
-            raise Refused(f"{flag_of(name)} needs {flag_of(other)}: the safe world has its own")
-    read = {method: {*keywords(loss), "micro_tokens"} for method, loss in LOSSES.items()}
+            raise ValueError(f"{flag_of(name)} needs {flag_of(other)}: the safe world has its own")
+    read = {method: {*inspect.getfullargspec(loss).kwonlyargs, "micro_tokens"}
+            for method, loss in LOSSES.items()}
     read["iopo"] |= {"n_nu", "adversary"}
     read["kto_pair"] -= {"micro_tokens"}                            # its batch term: a single pass
     unread = set().union(*read.values()) - read[config.method]
     for name in sorted(unread & given.keys()):
-        raise Refused(f"{flag_of(name)} is never read by --method {config.method}; leave it out")
+        raise ValueError(f"{flag_of(name)} is never read by --method {config.method}; leave it out")
     config.n_nu = 0 if "n_nu" in unread else config.n_nu
     config.micro_tokens = None if "micro_tokens" in unread else config.micro_tokens
     return config
@@ -412,7 +401,7 @@ def check(field, value):
         fits = limits.get("least", value) <= value < limits.get("below", 2**63)
         fits = fits and value > limits.get("above", -1)
     if not fits or value not in limits.get("choices", [value]):
-        raise Refused(f"{flag_of(field.name)} cannot be {value!r}: {limits['help']}")
+        raise ValueError(f"{flag_of(field.name)} cannot be {value!r}: {limits['help']}")
 
 
 def parse_arguments(arguments):
@@ -438,7 +427,7 @@ def main(arguments=None):
         config = make_config(found or given, given)
         for name, own in vars(config).items():
             if given.get(name, own) != own:
-                raise Refused(f"{flag_of(name)} {given[name]} differs from the run's own, {own}")
+                raise ValueError(f"{flag_of(name)} {given[name]} differs from the run's own, {own}")
         if found and Path(config.out, "adversary" if config.n_nu else "protagonist").is_dir():
             print(f"{config.out} is finished; examine it by: python eval.py {config.out}")
             return
@@ -460,8 +449,6 @@ def main(arguments=None):
                   file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
-        if job is not None and type(error) is ValueError:           # a bug, not the input
-            raise
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 

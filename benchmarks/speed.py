@@ -242,7 +242,7 @@ def made_up(pairs=16, prompt=100, answer=50, vocab_size=VOCABULARY):
 def seconds_of(agent, env):
     """Of the log-probs of both players and AGENT's gradient."""
     begin = time.perf_counter()
-    for _, batch in micro_batches(agent.rows, agent.config.micro_tokens):
+    for batch in micro_batches(agent.rows, agent.config.micro_tokens):
         with torch.no_grad():
             env.logps(batch)
         torch.stack(agent.logps(batch)).sum().backward()

@@ -76,7 +76,7 @@ def sample_pairs(model, config, keep, number):
     ranked.sort(key=lambda gap_and_pair: -gap_and_pair[0])             # stable, in prompts' order
     kept = [pair for _, pair in ranked[:math.ceil(keep * len(ranked))]]
     if not kept:
-        raise train.Refused(f"round {number}: the judge prefers no answer to another, so there is "
+        raise ValueError(f"round {number}: the judge prefers no answer to another, so there is "
                             "nothing left to train on; fewer rounds or a smaller lr may help")
     endless = sum(len(answer) == room for answer in answers)
     tokens = sum(map(len, answers)) / len(answers)

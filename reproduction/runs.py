@@ -118,7 +118,7 @@ def carry_out(task):
                 train.save_config(config)
                 train.train(job, look)
             result["model"] = digest(task.model / "model.safetensors")
-        except (train.Refused, FloatingPointError) as error:           # of the tuning's candidates
+        except (ValueError, FloatingPointError) as error:           # of the tuning's candidates
             result["failure"] = str(error)                             # some are beyond saving
     for checkpoint in folder.rglob("checkpoint"):                      # nobody resumes it
         shutil.rmtree(checkpoint)

@@ -411,7 +411,7 @@ def test_the_judge_picks_best_and_worst_and_the_widest_gaps(tmp_path, monkeypatc
 def test_rounds_on_a_policy_that_says_one_thing_stop(tmp_path, monkeypatch):
     config = small_start(tmp_path)
     monkeypatch.setattr(rounds, "generate", lambda policy, ids, *rest: [[7, 8]] * len(ids))
-    with pytest.raises(train.Refused, match="prefers no answer"):
+    with pytest.raises(ValueError, match="prefers no answer"):
         rounds.rounds(config, 2, 1.0)
 
 
