@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
         """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices. To
-        `attend(layer, q, k, v)` go queries (B, T, H, d), keys and values (B, T, K, d), rotated; it
+        `attend(layer, q, k, v)` go queries (B, H, T, d), keys and values (B, K, T, d), rotated; it
         returns what the queries read."""
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                      # (B, T, D)
@@ -124,11 +124,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend):
         heads = -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).unflatten(2, heads))                         # (B, T, H, d)
-        k = self.k_norm(self.k_proj(x).unflatten(2, heads))                         # (B, T, K, d)
-        v = self.v_proj(x).unflatten(2, heads)                                      # (B, T, K, d)
-        read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, T, H, d)
-        return self.o_proj(read.flatten(2))                                         # (B, T, D)
+        q = self.q_norm(self.q_proj(x).unflatten(2, heads)).transpose(1, 2)         # (B, H, T, d)
+        k = self.k_norm(self.k_proj(x).unflatten(2, heads)).transpose(1, 2)         # (B, K, T, d)
+        v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)                      # (B, K, T, d)
+        read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, H, T, d)
+        return self.o_proj(read.transpose(1, 2).flatten(2))                         # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -143,15 +143,15 @@ class MLP(nn.Module):
 
 
 def rotary(positions, config):
-    """cos and sin of the angles, the same in both halves of d, each (B, T, 1, d), float32. The
+    """cos and sin of the angles, the same in both halves of d, each (B, 1, T, d), float32. The
     sines of the first half are negated, as `rotate` wants them."""
     powers = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1 / config.rope_theta ** powers                                   # (d/2)
     if config.rope_scaling is not None:
         frequencies = scaled(frequencies, config.rope_scaling)
-    angles = positions[:, :, None, None].float() * frequencies                      # (B, T, 1, d/2)
+    angles = positions[:, None, :, None].float() * frequencies                      # (B, 1, T, d/2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)            # (B, T, 1, d)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)            # (B, 1, T, d)
 
 
 def scaled(frequencies, scaling):
@@ -167,8 +167,8 @@ def scaled(frequencies, scaling):
 
 def rotate(x, cos, sin):
     """Rotary position embedding in the half-split layout of Hugging Face's Llama."""
-    left, right = x.chunk(2, dim=-1)                                                # (B, T, H, d/2)
-    turned = torch.cat([right, left], dim=-1)                                       # (B, T, H, d)
+    left, right = x.chunk(2, dim=-1)                                                # (B, H, T, d/2)
+    turned = torch.cat([right, left], dim=-1)                                       # (B, H, T, d)
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
 
@@ -181,13 +181,11 @@ recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=
 # ---- Who sees whom -------------------------------------------------------------------------------
 
 def attention(q, k, v, mask):
-    """What the queries (B, T, H, d) read from keys and values (B, S, K, d): (B, T, H, d). `mask`
+    """What the queries (B, H, T, d) read from keys and values (B, K, S, d): (B, H, T, d). `mask`
     is boolean (True = may attend) or added to the scores, and broadcasts to (B, H, T, S); None is
     plainly causal, with S = T. H is a multiple of K."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                # (B, H, T, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                         enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)                                                      # (B, T, H, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 def causal(attention_mask, T):
@@ -206,9 +204,9 @@ def causal(attention_mask, T):
 
 def attend_pairs(masks, layer, q, k, v):
     """The pairs of a data.PairBatch, one after another in a single row, each by its own mask."""
-    parts = zip(*(x.split([len(mask) for mask in masks], dim=1) for x in (q, k, v)))
+    parts = zip(*(x.split([len(mask) for mask in masks], dim=2) for x in (q, k, v)))
     out = [attention(*part, mask.to(q.dtype)) for part, mask in zip(parts, masks)]
-    return torch.cat(out, dim=1)                                                    # (1, T, H, d)
+    return torch.cat(out, dim=2)                                                    # (1, H, T, d)
 
 
 # ---- Response log-probabilities ------------------------------------------------------------------
@@ -272,9 +270,9 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
 
     def attend(layer, q, k, v):
         if layer in cache:
-            k, v = (torch.cat(parts, dim=1) for parts in zip(cache[layer], (k, v)))  # (B, S, K, d)
+            k, v = (torch.cat(parts, dim=2) for parts in zip(cache[layer], (k, v)))  # (B, K, S, d)
         cache[layer] = k, v
-        return attention(q, k, v, mask[:, :, -q.shape[1]:])
+        return attention(q, k, v, mask[:, :, -q.shape[2]:])
 
     answers = [[] for _ in prompts]
     alive = torch.arange(len(prompts), device=device)              # the prompt that a row continues
