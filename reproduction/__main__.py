@@ -1,5 +1,8 @@
 """Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
 
+    python -m reproduction                  # everything
+    python -m reproduction theorems         # the exact games alone, a few minutes
+
 Tables use ten seeds, the ablation three. Learning rates and steps are the recorded ones, chosen on
 other seeds and prompts; --tune chooses them again first. A run that is done already is not done
 again, so a stopped command goes on. Prints the tables, and writes them, their numbers and, with
@@ -16,9 +19,10 @@ from pathlib import Path
 
 from data import replace_file
 from reproduction import plan
-from reproduction.figures import can_draw, draw
+from reproduction.figures import can_draw, draw, draw_games
+from reproduction.game import STEP_SIZES, exact_games
 from reproduction.runs import STEPS, digest, start_worker
-from reproduction.tables import student, summarize, tables
+from reproduction.tables import student, summarize, table_theorems, tables
 
 RESULTS = Path(__file__).parent / "results"
 INSTALL = "pip install -r reproduction/requirements.txt"
@@ -27,6 +31,8 @@ INSTALL = "pip install -r reproduction/requirements.txt"
 def main(arguments=None):
     try:
         options = parse_arguments(arguments)
+        if options.part == "theorems":
+            return theorems(options)
         seeds, ablation_seeds = plan.SEEDS, plan.ABLATION_SEEDS
         if options.quick:
             seeds = ablation_seeds = plan.SEEDS[:1]
@@ -50,6 +56,7 @@ def main(arguments=None):
         (folder / "tables.md").write_text(report + "\n", encoding="utf-8")
         if options.record:
             save_summary(summary, RESULTS)
+        theorems(options)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on with the runs that are left")
     except concurrent.futures.BrokenExecutor:
@@ -58,6 +65,19 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"reproduction: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def theorems(options):
+    """The exact games: their table, numbers and figure."""
+    games = rounded(exact_games(STEP_SIZES[:1] if options.quick else STEP_SIZES))
+    table = table_theorems(games)
+    print(f"\ntheorems\n\n{table}\n")
+    out = Path(options.out, "quick") if options.quick else Path(options.out)
+    for folder in (out, RESULTS) if options.record else (out,):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "theorems.json", (json.dumps(games) + "\n").encode())
+        if can_draw():
+            draw_games(games, folder)
 
 
 def recorded_tuning():
@@ -103,6 +123,7 @@ def parse_arguments(arguments):
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
+    parser.add_argument("part", nargs="?", choices=("theorems",), help="this part alone")
     parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
     parser.add_argument("--record", action="store_true", help="write choices, results and figures "
@@ -120,7 +141,7 @@ def parse_arguments(arguments):
         raise ValueError("--record wants all seeds; leave out --quick")
     if options.record and not can_draw():
         raise ValueError(f"--record draws the figures: {INSTALL}")
-    if not options.quick:
+    if not options.quick and options.part is None:
         student()                                      # better refused now than in an hour
     return options
 

@@ -6,7 +6,6 @@ import math
 import numpy as np
 
 from eval import EXAM_PAIRS
-from reproduction.game import OTHER
 from reproduction.plan import FIGURE5, ROUNDS, STEPS_PER_TURN
 from reproduction.tables import half_interval
 
@@ -40,24 +39,21 @@ def draw(summary, folder):
         return save(folder, name, [(across, up, [line(label, what) for label in labels])
                                    for what, up in measured.items()])
 
-    def values(name):
-        def line(label, values):
-            return label, range(1, 1 + len(values)), values
-
-        exact = [line(label, game["protagonist"]["eq6"])
-                 for label, game in summary["exact_game"].items()]
-        sampled = [line(player, np.mean([seed[player]["eq6"] for seed in summary["sampled_game"]],
-                                        axis=0)) for player in OTHER]
-        return save(folder, name, [("turn", "Q_mu by Eq. 6, exact game", exact),
-                                   ("turn", "Q by Eq. 6, trained models, held-out pairs", sampled)])
-
     held_out = {"margin": "margin against SFT, held-out pairs",
                 "accuracy": "accuracy on held-out pairs"}
     answers = {"tokens": "tokens an answer", "judge": "biased judge", "reward": "true reward"}
     return [distributions("figure3"), distributions("figure4"),
             curves("figure5.png", FIGURE5, "protagonist's steps", held_out),
-            curves("rounds.png", ROUNDS, f"steps, {STEPS_PER_TURN} a round", answers),
-            values("values.png")]
+            curves("rounds.png", ROUNDS, f"steps, {STEPS_PER_TURN} a round", answers)]
+
+
+def draw_games(games, folder):
+    """Mean Q_mu over tables after each turn, a panel for every step size."""
+    sizes = list(next(iter(games.values())))
+    return save(folder, "values.png", [
+        ("turn", f"Q_mu by Eq. 6, step size {size}",
+         [(name, range(1, 1 + len(by_size[size]["mean"])), by_size[size]["mean"])
+          for name, by_size in games.items()]) for size in sizes])
 
 
 def save(folder, name, panels):
@@ -68,8 +64,8 @@ def save(folder, name, panels):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6),
-                                   layout="constrained")
-    for axis, (across, up, lines) in zip(axes, panels):
+                                   layout="constrained", squeeze=False)
+    for axis, (across, up, lines) in zip(axes.flat, panels):
         for label, x, y, *half in lines:
             [line] = axis.plot(x, y, label=label)
             if half:

@@ -47,8 +47,8 @@ class Task:
     def seconds(self):
         """What it takes, roughly, in one process of one thread."""
         config = self.config
-        return (4 + 0.04 * config.sft_steps + 7 * self.rounds
-                + 0.1 * (self.rounds or config.n_iter) * (config.n_mu + config.n_nu))
+        return (10 + 0.1 * config.sft_steps + 17 * self.rounds
+                + 0.25 * (self.rounds or config.n_iter) * (config.n_mu + config.n_nu))
 
     @property
     def model(self):

@@ -8,7 +8,7 @@ import torch
 from data import SafeWorld
 from eval import EXAM_BETA, compare, margins, mean, quality, shuffled_prompts
 from iopo import preference_margin
-from reproduction.game import GAMES, exact_game, turn_values
+from reproduction.game import STATED, TURNS, turn_values
 from reproduction.plan import (ABLATION, ALSO_COMPARED, FIGURE3, FIGURE4, OFFLINE, ONLINE, ROUNDS,
                                SHORT_TURNS, TABLE1, TABLE2, VARIANTS)
 from reproduction.runs import TEST_SAMPLES
@@ -49,8 +49,7 @@ def summarize(seen, seeds):
             "figure3": histogram({label: held_out[label] for label in FIGURE3}),
             "figure4": histogram({label: held_out[label] for label in FIGURE4}),
             "sampled_game": [turn_values(result["turns"], sft["logps"])
-                             for result, sft in zip(seen[SHORT_TURNS], models["SFT"])],
-            "exact_game": {name: exact_game(**readings) for name, readings in GAMES.items()}}
+                             for result, sft in zip(seen[SHORT_TURNS], models["SFT"])]}
 
 
 def as_result(look):
@@ -98,7 +97,7 @@ def tables(summary):
     return {"adversary": table_adversary(summary), "table1": table1(summary),
             "table2": table2(summary), "table2, differences": table2_differences(summary),
             "ablation": table_ablation(summary), "rounds": table_rounds(summary),
-            "theorems": table_theorems(summary), "choices": table_choices(summary)}
+            "trained Q": table_trained(summary), "choices": table_choices(summary)}
 
 
 def table_adversary(summary):
@@ -208,24 +207,44 @@ def table_rounds(summary):
                      f"last round minus that of {control}"), lines)
 
 
-def table_theorems(summary):
-    """Q after each turn of the exact game, and of the trained models: D_t is Q_mu's increment from
+def table_trained(summary):
+    """Q of the trained models after each turn, mean over seeds. D_t is the increment of Q_mu from
     turn t - 1 to turn t (Eq. 18)."""
-    lines, sampled = [], summary["sampled_game"]
-    trained = {player: {eq: np.mean([seed[player][eq] for seed in sampled], axis=0)
-                        for eq in ("eq6", "eq13")} for player in sampled[0]}
-    games = {**summary["exact_game"], f"trained models, `{SHORT_TURNS}`": trained}
-    for name, game in games.items():
-        mu, nu = game["protagonist"]["eq6"], game["adversary"]["eq6"]
-        mu13 = game["protagonist"]["eq13"]
-        increments, last = np.diff(mu), abs(mu[-1] - 0.5)
-        near = 1 + next(turn for turn, q in enumerate(mu) if abs(q - mu[-1]) <= 0.01 * last)
-        lines.append((name, str(len(mu)), f"{mu[0]:.4f} {mu[1]:.4f} {mu[2]:.4f} ... {mu[-1]:.4f}",
-                      f"{increments[1] / increments[0]:.2f}", f"{increments[-1]:.0e}", str(near),
-                      f"{nu[0]:.4f} ... {nu[-1]:.4f}", f"{mu13[0]:.2f} ... {mu13[-1]:.2f}"))
-    return markdown(("game", "turns", "Q_mu (Eq. 6), turns 1, 2, 3 ... last", "D_3 / D_2", "last D",
-                     "turns until Q_mu - 1/2 is within 1% of the last", "Q_nu (Eq. 6)",
-                     "Q_mu (Eq. 13)"), lines)
+    means = {name: np.mean([seed[player][eq] for seed in summary["sampled_game"]], axis=0)
+             for name, player, eq in (("mu", "protagonist", "eq6"), ("nu", "adversary", "eq6"),
+                                      ("mu13", "protagonist", "eq13"))}
+    mu, nu, mu13 = means.values()
+    increments = np.diff(mu)
+    return markdown(("trained models", "turns", "Q_mu (Eq. 6), turns 1, 2, 3 ... last",
+                     "D_3 / D_2", "Q_nu (Eq. 6)", "Q_mu (Eq. 13)"),
+                    [(f"`{SHORT_TURNS}`", str(len(mu)),
+                      f"{mu[0]:.4f} {mu[1]:.4f} {mu[2]:.4f} ... {mu[-1]:.4f}",
+                      f"{increments[1] / increments[0]:.2f}", f"{nu[0]:.4f} ... {nu[-1]:.4f}",
+                      f"{mu13[0]:.2f} ... {mu13[-1]:.2f}")])
+
+
+def table_theorems(games):
+    """Q_mu of the exact games, mean and standard deviation over random tables, for every step size.
+    D_t is the increment of Q_mu from turn t - 1 to turn t (Eq. 18)."""
+    lines = []
+    for name, by_size in games.items():
+        for size, game in by_size.items():
+            until = [turn for turn in game["until"] if turn is not None]
+            lines.append((
+                name, size, spread(game["last"], 3), spread(game["d3_d2"], 2),
+                f"{np.mean(np.abs(game['last_change'])):.0e}",
+                f"{sum(game['rising'])} / {sum(game['falling'])}",
+                f"{np.median(until):.0f} ({len(until)})" if until else "-",
+                spread(game["sum"], 3), f"{np.median(game['eq13']):.2f}"))
+    return markdown(("game", "step size", f"Q_mu after {TURNS} turns", "D_3 / D_2", "last D",
+                     "tables where Q_mu only rises / falls",
+                     f"turns until Q_mu is {STATED}, median (tables that reach it)",
+                     "Q_mu + Q_nu, last", "Q_mu by Eq. 13, last, median"), lines)
+
+
+def spread(values, digits):
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.{digits}f} ({np.std(values, ddof=1):.{digits}f})"
 
 
 def table_choices(summary):

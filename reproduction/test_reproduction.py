@@ -86,18 +86,54 @@ def test_one_seed_needs_no_scipy(monkeypatch, capsys):
     assert "pip install -r reproduction/requirements.txt" in refused(command.main, [], capsys)
 
 
-def test_the_exact_game_ends_where_algebra_says():
+def test_the_exact_games_end_where_algebra_says(monkeypatch):
     """With r = 1 each pair's optimum is sigmoid(beta * h) = its Bradley-Terry label, which the
     table can reach, so Q converges to the labels' own mean: sum of p * p over the sum of p."""
-    generator = torch.Generator().manual_seed(0)
-    rewards = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)[0]
-    p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])[:, ~torch.eye(5, dtype=torch.bool)]
-    values = game.exact_game(n_iter=150, ratio="one")
+    monkeypatch.setattr(game, "TABLES", 2)
+    values = game.exact_game(30.0, n_iter=150, ratio="one")
     mu, nu = values["protagonist"], values["adversary"]
-    for player in (mu, nu):
-        assert player["eq6"][-1] == pytest.approx(((p * p).sum() / p.sum()).item(), abs=1e-4)
-        assert player["eq13"] == player["eq6"]
-    assert mu["eq6"][0] < nu["eq6"][0] < mu["eq6"][1]                  # they take turns
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        rewards = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64)[0]
+        p = torch.sigmoid(rewards[:, :, None] - rewards[:, None, :])
+        p = p[:, ~torch.eye(5, dtype=torch.bool)]
+        for player in (mu, nu):
+            assert player["eq6"][-1][seed] == pytest.approx(((p * p).sum() / p.sum()).item(),
+                                                            abs=1e-4)
+            assert player["eq13"] == player["eq6"]
+        assert mu["eq6"][0][seed] < nu["eq6"][0][seed] < mu["eq6"][1][seed]    # they take turns
+
+
+def test_a_frozen_ratio_and_a_game_of_opposites(monkeypatch):
+    """r frozen within a turn is r recomputed where a turn has one step, and where r is 1. Players
+    with the same labels have opposite margins, so the Q of one that moved by nothing is 1 less the
+    other's."""
+    monkeypatch.setattr(game, "TABLES", 2)
+    one, default = {"ratio": "one"}, {}
+    assert game.exact_game(3.0, 2, frozen=True, **one) == game.exact_game(3.0, 2, **one)
+    assert game.exact_game(3.0, 2, frozen=True) != game.exact_game(3.0, 2)
+    for adversary in ("negated", "same"):
+        monkeypatch.setattr(game, "TURN_STEPS", 25)
+        values = game.exact_game(1e-9, 1, adversary, **one)
+        for mu, nu in zip(values["protagonist"]["eq6"][0], values["adversary"]["eq6"][0]):
+            assert mu + nu == pytest.approx(1, abs=1e-12) and mu > 0.5
+    monkeypatch.setattr(game, "TURN_STEPS", 1)
+    assert game.exact_game(3.0, 2, frozen=True) == game.exact_game(3.0, 2, **default)
+
+
+def test_the_numbers_of_the_games_by_hand(monkeypatch):
+    """Two tables, four turns: one rises and passes the stated Q, one falls and does not."""
+    monkeypatch.setattr(game, "STATED", 0.58)
+    mu = [[0.5, 0.5], [0.54, 0.48], [0.56, 0.47], [0.58, 0.465]]
+    values = {"protagonist": {"eq6": mu, "eq13": mu},
+              "adversary": {"eq6": [[0.4, 0.6]] * 4, "eq13": [[0.4, 0.6]] * 4}}
+    seen = game.numbers(values)
+    assert seen["rising"] == [True, False] and seen["falling"] == [False, True]
+    assert seen["d3_d2"] == pytest.approx([0.5, 0.5], abs=1e-5)
+    assert seen["last_change"] == pytest.approx([0.02, -0.005], abs=1e-6)
+    assert seen["until"] == [4, None]
+    assert seen["sum"] == pytest.approx([0.98, 1.065]) and seen["last"] == pytest.approx(mu[-1])
+    assert seen["mean"] == pytest.approx([0.5, 0.51, 0.515, 0.5225])
 
 
 def test_the_theorems_values_by_hand():
@@ -172,7 +208,8 @@ def small_plan(monkeypatch, tmp_path):
         "STEPS": (4, 6), "STEPS_PER_TURN": 2, "VALIDATION_SAMPLES": 1, "TEST_SAMPLES": 2,
         "TABLE1": ("SFT", "DPO"), "TABLE2": ("SFT", "DPO", "Iter-DPO", "IOPO online"),
         "FIGURE3": ("DPO", "IOPO"), "FIGURE4": ("DPO", "Iter-DPO", "IOPO online"),
-        "FIGURE5": ("DPO",), "GAMES": {"short": {"n_iter": 3}}, "ALSO_COMPARED": ("DPO",),
+        "FIGURE5": ("DPO",), "ALSO_COMPARED": ("DPO",), "STEP_SIZES": (3.0,),
+        "GAMES": {"short": {"n_iter": 3}},
         "RESULTS": tmp_path / "results",
         "shuffled_prompts": lambda split: prompts(split)[:20]}
     for name, value in changes.items():
@@ -259,8 +296,8 @@ def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys, mo
     monkeypatch.setattr(command, "can_draw", lambda: True)
     command.main([*flags, "--record"])
     drawn = json.loads((tmp_path / "results/results.json").read_text())["figures"]
-    names = {"results.json", "tuning.json", *drawn}
-    assert len(drawn) == 5 and {path.name for path in (tmp_path / "results").iterdir()} == names
+    names = {"results.json", "tuning.json", "theorems.json", "values.png", *drawn}
+    assert len(drawn) == 4 and {path.name for path in (tmp_path / "results").iterdir()} == names
     for name, digest in drawn.items():
         content = (tmp_path / "results" / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == digest
@@ -304,7 +341,8 @@ def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,word", [
-    ("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed 3", "--seed")])
+    ("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed=3", "--seed"),
+    ("tables", "invalid choice")])
 def test_flags_that_are_refused(flags, word, capsys):
     assert word in refused(command.main, flags.split(), capsys)
 
@@ -323,6 +361,8 @@ def test_the_readme_shows_what_was_recorded():
         assert hashlib.sha256(content).hexdigest() == digest, name
     assert results["seeds"] == list(plan.SEEDS)
     assert results["tuning"] == json.loads((HERE / "results/tuning.json").read_text())
+    games = json.loads((HERE / "results/theorems.json").read_text())
+    assert tables.table_theorems(games) in readme and list(games) == list(game.GAMES)
 
 
 def test_readme_names_what_exists():
