@@ -2,6 +2,7 @@
 
     python -m reproduction                  # everything
     python -m reproduction theorems         # the exact games alone, a few minutes
+    python -m reproduction frontier         # rate, steps and KL; by this command alone
 
 Tables use ten seeds, the ablation three. Learning rates and steps are the recorded ones, chosen on
 other seeds and prompts; --tune chooses them again first. A run that is done already is not done
@@ -17,11 +18,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from data import replace_file
-from reproduction import plan
+from reproduction import frontier, plan
 from reproduction.figures import can_draw, draw, draw_games
 from reproduction.game import STEP_SIZES, exact_games
-from reproduction.runs import STEPS, digest, start_worker
+from reproduction.runs import STEPS, carry_out_all, digest, start_worker
 from reproduction.tables import student, summarize, table_theorems, tables
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,6 +42,8 @@ def main(arguments=None):
         out, spawn = Path(options.out).as_posix(), multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, start_worker) as pool:
             try:
+                if options.part == "frontier":
+                    return run_frontier(options, pool)
                 tuning = (plan.tune(out, pool, options.jobs) if options.tune else
                           recorded_tuning())
                 seen = plan.run_rows(tuning["chosen"], seeds, ablation_seeds, out, pool,
@@ -65,6 +70,31 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"reproduction: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def run_frontier(options, pool):
+    """The frontiers: their runs, tables, numbers and, for a file, every reward."""
+    rates, seeds, rows = frontier.RATES, frontier.SEEDS, tuple(frontier.ROWS)
+    if options.quick:
+        rates, seeds = rates[2:3], seeds[:1]
+    out = Path(options.out, "frontier")
+    tasks, results = frontier.tasks(rows, rates, seeds, out.as_posix()), {}
+    everything = [task for some in tasks.values() for task in some]
+    with plan.progress("frontier", everything, options.jobs) as bar:
+        results["SFT"] = carry_out_all(tasks["SFT"], pool, bar)
+        found = iter(carry_out_all(everything[len(seeds):], pool, bar))
+        results |= {row: [next(found) for _ in tasks[row]] for row in rows}
+    numbers = rounded(frontier.gather(results, rows, rates, seeds))
+    report = "\n\n".join(f"{name}\n\n{table}"
+                         for name, table in frontier.tables(numbers, rates).items())
+    print(f"\n{report}\n")
+    out = out / "quick" if options.quick else out
+    for folder in (out, RESULTS) if options.record else (out,):
+        folder.mkdir(parents=True, exist_ok=True)
+        recorded = {"rates": rates, "seeds": seeds, "looks": frontier.LOOKS, "rows": numbers}
+        replace_file(folder / "frontier.json", (json.dumps(recorded) + "\n").encode())
+        np.savez_compressed(folder / "frontier.npz",
+                            **frontier.pack(results, rows, rates, seeds))
 
 
 def theorems(options):
@@ -123,7 +153,8 @@ def parse_arguments(arguments):
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument("part", nargs="?", choices=("theorems",), help="this part alone")
+    parser.add_argument("part", nargs="?", choices=("theorems", "frontier"),
+                        help="this part alone")
     parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
     parser.add_argument("--record", action="store_true", help="write choices, results and figures "
@@ -141,7 +172,7 @@ def parse_arguments(arguments):
         raise ValueError("--record wants all seeds; leave out --quick")
     if options.record and not can_draw():
         raise ValueError(f"--record draws the figures: {INSTALL}")
-    if not options.quick and options.part is None:
+    if not options.quick and options.part != "theorems":
         student()                                      # better refused now than in an hour
     return options
 

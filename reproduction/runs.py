@@ -56,13 +56,27 @@ class Task:
         last = f"round-{self.rounds}" if self.rounds else ""
         return Path(self.folder, last, "protagonist")
 
+    @property
+    def must_end(self):
+        """Is it an error where it comes to nothing? Of the tuning's candidates some do."""
+        return self.split == "test"
+
+    @property
+    def files(self):
+        """The code that its result follows from."""
+        here = Path(__file__).parent
+        return (*(here.with_name(f"{room}.py") for room in ("iopo", "model", "data", "train")),
+                here / "runs.py", here / "rounds.py")
+
+    def observe(self, result):
+        """What train calls where it looks; it puts what it sees into the result."""
+        return answers_look(self, result)
+
 
 def identity(task):
     """All that a result follows from: the Task with all its options, the weights it starts from,
     the code, and what it is looked at with."""
-    here, config = Path(__file__).parent, vars(task.config)
-    files = [here.with_name(f"{room}.py") for room in ("iopo", "model", "data", "train")]
-    files += [here / "runs.py", here / "rounds.py"]
+    config, files = vars(task.config), [*task.files]
     files += [Path(config["model"], "model.safetensors")] if config["model"] else []
     return {"task": dataclasses.asdict(task), "config": config,
             "files": [digest(file) for file in files],
@@ -74,21 +88,42 @@ def digest(file):
 
 
 def carry_out(task):
-    """Train one run from its beginning and keep what its models did, after every turn and (test) at
-    the end. Only answers on the validation split, for the human to choose by; on the test split
-    log-probabilities as well."""
-    folder, config, test = Path(task.folder), task.config, task.split == "test"
+    """Train one run from its beginning and keep what its models did."""
+    folder, config = Path(task.folder), task.config
     if folder.exists() and any(folder.iterdir()) and not (folder / "log.txt").is_file():
         raise ValueError(f"{folder} is no run of the reproduction and would be overwritten; take "
                          "another --out")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tokenizer = SafeWorld.tokenizer()
+    result = {"identity": identity(task), "model": None, "failure": None}
+    look = task.observe(result)
+    with (open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log),
+          contextlib.redirect_stderr(log)):
+        try:
+            if task.rounds:
+                rounds(config, task.rounds, task.keep, look)
+            else:
+                job = train.prepare(config)
+                train.save_config(config)
+                train.train(job, look)
+            result["model"] = digest(task.model / "model.safetensors")
+        except (ValueError, FloatingPointError) as error:
+            result["failure"] = str(error)
+    for checkpoint in folder.rglob("checkpoint"):                      # nobody resumes it
+        shutil.rmtree(checkpoint)
+    text = json.dumps(result)
+    replace_file(folder / "result.json", text.encode())
+    return json.loads(text)                                            # as it reads back
+
+
+def answers_look(task, result):
+    """After every turn and (test) at the end: answers alone on the validation split, for the human
+    to choose by; on the test split log-probabilities as well."""
+    config, test, tokenizer = task.config, task.split == "test", SafeWorld.tokenizer()
     pairs = SafeWorld().exam_pairs("test", EXAM_PAIRS) if test else []
     rows = encode_pairs(pairs, tokenizer, config.max_length)[0]
     ids = [tokenizer.encode_prompt(prompt) for prompt in shuffled_prompts(task.split)]
-    result = {"identity": identity(task), "model": None, "turns": [], "final": None,
-              "failure": None}
+    result |= {"turns": [], "final": None}
 
     def see(model, samples, greedy=False):
         with tqdm(disable=True) as bar:
@@ -107,24 +142,7 @@ def carry_out(task):
             if test and player != "adversary" and steps == task.steps:
                 result["final"] = see(model, TEST_SAMPLES, greedy=True)
         return {}
-
-    with (open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log),
-          contextlib.redirect_stderr(log)):
-        try:
-            if task.rounds:
-                rounds(config, task.rounds, task.keep, look)
-            else:
-                job = train.prepare(config)
-                train.save_config(config)
-                train.train(job, look)
-            result["model"] = digest(task.model / "model.safetensors")
-        except (ValueError, FloatingPointError) as error:           # of the tuning's candidates
-            result["failure"] = str(error)                             # some are beyond saving
-    for checkpoint in folder.rglob("checkpoint"):                      # nobody resumes it
-        shutil.rmtree(checkpoint)
-    text = json.dumps(result)
-    replace_file(folder / "result.json", text.encode())
-    return json.loads(text)                                            # as it reads back
+    return look
 
 
 def finished(task):
@@ -148,7 +166,7 @@ def carry_out_all(tasks, pool, bar):
         number = waiting[future]
         results[number] = future.result()
         bar.update(tasks[number].seconds)
-        if tasks[number].split == "test" and results[number]["final"] is None:
+        if tasks[number].must_end and results[number]["failure"]:
             raise ValueError(f"{tasks[number].folder} came to nothing: "
                              f"{results[number]['failure']}")
     return results

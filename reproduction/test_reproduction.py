@@ -26,12 +26,12 @@ import eval as examination
 import train
 from data import Pair, SafeWorld, Tokenizer, encode_pairs
 from model import Decoder, DecoderConfig
-from reproduction import baichuan2, figures, game, plan, rounds, runs, tables
+from reproduction import baichuan2, figures, frontier, game, plan, rounds, runs, tables
 
 torch.set_num_threads(1)            # the models are tiny, and a busy machine then costs seconds
 command = importlib.import_module("reproduction.__main__")
 HERE = Path(__file__).parent
-MODULES = (command, figures, game, plan, rounds, runs, tables)
+MODULES = (command, figures, frontier, game, plan, rounds, runs, tables)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
 
@@ -45,7 +45,7 @@ def small_world(monkeypatch):
     monkeypatch.setattr(rounds, "CANDIDATES", 3)
     monkeypatch.setattr(rounds, "HELD_OUT", 20)
     monkeypatch.setattr(train, "LOOKED_AT", 20)
-    for module in (examination, runs):
+    for module in (examination, frontier, runs):
         monkeypatch.setattr(module, "EXAM_PAIRS", 20)
 
 
@@ -371,6 +371,113 @@ def test_readme_names_what_exists():
     assert files == {path.name for path in HERE.glob("*.py")} - {"__init__.py"}
     for file in re.findall(r"results/\w+\.\w+", readme):
         assert (HERE / file).is_file(), file
+
+
+# ---- Frontiers -----------------------------------------------------------------------------------
+
+def test_kl_by_the_definition():
+    """Exact KL per token, against plain loops over the vocabulary: answers that ended, one that was
+    cut off, an empty one, prompts of several lengths."""
+    torch.manual_seed(0)
+    world = SafeWorld.tokenizer()
+    shape = {**train.WORLD_MODEL, "num_hidden_layers": 2}
+    config = DecoderConfig(vocab_size=world.largest_id + 1, **shape)
+    model, start = Decoder(config), Decoder(config)
+    for each in (model, start):
+        for parameter in each.parameters():
+            parameter.data *= 3
+    prompts = [[0, 5, 7], [0, 9], [0, 11, 12, 13], [0, 8]]
+    answers = [[20, 21], [], list(range(30, 30 + frontier.NEW_TOKENS)), [40]]
+    total = 0.0
+    for prompt, answer in zip(prompts, answers):
+        ended = len(answer) < frontier.NEW_TOKENS
+        for k in range(len(answer) + ended):
+            ids = torch.tensor([prompt + answer[:k]])
+            p = torch.softmax(model(ids)[0, -1].double() / 0.7, dim=-1)
+            q = torch.softmax(start(ids)[0, -1].double(), dim=-1)
+            total += (p * (p / q).log()).sum().item()
+    found = frontier.answers_kl(model, start, prompts, answers, 0.7)
+    assert found == pytest.approx(total / 4, rel=1e-5) and found > 0.1
+    assert frontier.answers_kl(model, model, prompts, answers, 1.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_reward_at_a_kl():
+    nan = float("nan")
+    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 2.0) == pytest.approx(3.0)
+    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 0.5) == pytest.approx(1.5)
+    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 3.5) is None
+    assert frontier.at_kl([2.0, 1.0, 4.0], [5.0, 9.0, 9.0], (0.0, 1.0), 1.5) == pytest.approx(4.0)
+    assert frontier.at_kl([1.0, nan], [2.0, nan], (0.0, 1.0), 2.0) is None
+
+
+def test_a_choice_is_scored_where_it_was_not_made():
+    """Two rates: the first wins the votes of seeds 0 and 1, the second those of seeds 2 to 4; a
+    third would win, but diverged for one seed."""
+    vote = np.array([[[0.8], [0.8], [0.1], [0.1], [0.1]], [[0.5]] * 5, [[1.0]] * 4 + [[np.nan]]])
+    row = {"vote": vote.tolist(), "reward": (vote * 0 + np.arange(3)[:, None, None]).tolist()}
+    assert frontier.tuned(row) == (1, 0)
+    assert frontier.tuned({**row, "vote": vote[:2].tolist()}, [0, 1]) == (0, 0)
+    row = {"vote": vote[:2].tolist(), "reward": (vote[:2] * 0 + [[[1.0]], [[2.0]]]).tolist()}
+    assert frontier.left_out(row, "reward").tolist() == [2, 2, 2, 2, 2]
+    row["vote"][0][2] = [0.8]                  # now it takes seeds 0 to 2 to choose the first rate
+    assert frontier.left_out(row, "reward").tolist() == [2, 2, 2, 1, 1]
+    found = frontier.out_of_sample(row, "reward")
+    assert 1 < found["mean"] < 2 and 0 < found["spread"] < 0.5
+
+
+def test_holm_by_hand():
+    assert frontier.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert frontier.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_family_is_compared_seed_by_seed():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    gaps = rng.normal(0.5, 1, size=10)
+    row = {"vote": [[[0.5]] * 10], "reward": [[[value] for value in gaps]]}
+    zero = {"vote": [[[0.5]] * 10], "reward": [[[0.0]] * 10]}
+    numbers = {"a": row, "b": zero}
+    [found, _] = frontier.comparisons(numbers, "reward", (("a", "b"), ("b", "b")))
+    test = stats.ttest_1samp(gaps, 0)
+    low, high = test.confidence_interval(1 - 0.05 / 2)
+    assert found["p"] == pytest.approx(test.pvalue) and found["holm"] == pytest.approx(
+        min(1, 2 * test.pvalue))
+    assert found["difference"] - found["half"] == pytest.approx(low)
+    assert found["difference"] + found["half"] == pytest.approx(high)
+    # a true difference of this size is found with about 80% power, by simulation
+    draws = rng.normal(found["seen"], gaps.std(ddof=1), size=(4000, 10))
+    assert np.mean(stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05 / 2) == \
+        pytest.approx(0.8, abs=0.06)
+
+
+def test_a_small_frontier(small_plan, tmp_path, capsys, monkeypatch):
+    """From the runs to the tables; a diverging run is a hole; a second command does nothing."""
+    pytest.importorskip("scipy")
+    rows = {"DPO, beta 1": {"method": "dpo", "beta": 1.0}, "IOPO": {"method": "iopo", "n_nu": 2}}
+    changes = {"ROWS": rows, "RATES": (1e-3, 1e15), "SEEDS": (0, 1), "LOOKS": (2, 4), "TURN": 2,
+               "SAMPLES": {"test": 2, "validation": 1}, "FAMILY": (("IOPO", "DPO, beta 1"),)}
+    for name, value in changes.items():
+        monkeypatch.setattr(frontier, name, value)
+    flags = ["frontier", "--out", "out"]
+    command.main(flags)
+    printed, folder = capsys.readouterr().out, tmp_path / "out/frontier"
+    recorded = json.loads((folder / "frontier.json").read_text())
+    for table in frontier.tables(recorded["rows"], recorded["rates"]).values():
+        assert table in printed
+    packed = np.load(folder / "frontier.npz")
+    assert packed["IOPO, test"].shape == (2, 2, 2, 2 * 20) and packed["IOPO, test"].dtype == np.int8
+    assert (packed["IOPO, test"][1, :, -1] == -128).all() and "diverges" in printed
+    reward = packed["DPO, beta 1, test"].mean(axis=3) / 4
+    assert np.allclose(np.array(recorded["rows"]["DPO, beta 1"]["reward"], dtype=float)[0],
+                       reward[0], atol=1e-5)
+    assert packed["SFT, 0.4"].shape == (1, 2, 1, 2 * 20)
+    kl = np.array(recorded["rows"]["IOPO"]["kl"], dtype=float)[0]
+    assert (kl > 0).all() and (np.array(recorded["rows"]["SFT"]["kl"]) > 0).all()
+    seeds = [json.loads((folder / f"sft-seed{seed}/result.json").read_text())["looks"][0]["test"]
+             for seed in (0, 1)]
+    assert seeds[0]["quarters"] != seeds[1]["quarters"]
+    command.main(flags)
+    assert Inline.tasks == []
 
 
 # ---- Rounds of new pairs -------------------------------------------------------------------------
