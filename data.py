@@ -222,7 +222,8 @@ def parse_bytes(content, name, first_line=1, reader=json.loads):
     except UnicodeDecodeError as error:
         line, reason = content[:error.start].count(b"\n"), f"not UTF-8 ({error.reason}); save it so"
     except (RecursionError, ValueError) as error:                  # broken, too deep, a long number
-        line, reason = getattr(error, "lineno", 1) - 1, f"broken JSON ({error})"
+        line = getattr(error, "lineno", 1) - 1
+        reason = f"broken JSON ({getattr(error, 'msg', error)})"
     raise ValueError(f"{name}, line {first_line + line}: {reason}")
 
 
@@ -324,7 +325,8 @@ class Tokenizer:
             if not isinstance(token, str) or token not in ids:
                 raise ValueError(f"tokenizer.json lacks the special token {token!r}")
 
-        stops = generation.get("eos_token_id", model_eos)
+        stops = generation.get("eos_token_id")
+        stops = model_eos if stops is None else stops
         stops = stops if isinstance(stops, list) else [stops]
         stops = [i for i in [ids.get(self.special.get("eos_token")), *stops] if i is not None]
         if not stops or any(type(i) is not int or i not in ids.values() for i in stops):

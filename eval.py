@@ -205,8 +205,8 @@ def print_report(report):
     if report["samples"]:
         print(f"\nanswers sampled at temperature {report['temperature']}:")
     for sample in report["samples"]:
-        prompt = sample["prompt"]
-        prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        prompt = sample["prompt"] if isinstance(sample["prompt"], str) else \
+            sample["prompt"][-1]["content"]
         print(f"\n{prompt.rstrip()[-200:].lstrip()}")
         for label, text in sample["answers"].items():
             print(f"  {label}: {text}")
@@ -420,8 +420,7 @@ def main(arguments=None):
     try:
         options = parse_arguments(arguments)
         folders = [] if options.task == "plot" else map(Path, options.runs)
-        do, _ = TASKS[options.task]
-        do([open_run(folder, options.sft) for folder in folders], options)
+        TASKS[options.task][0]([open_run(folder, options.sft) for folder in folders], options)
     except (ValueError, OSError) as error:                         # bugs raise other things
         print(f"eval.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -1902,6 +1902,8 @@ def test_limits_stored_in_the_tokenizer_do_not_act():
 
 def test_special_tokens_of_the_model():
     files = word_tokenizer().files
+    null = {**files, "generation_config.json": b'{"eos_token_id": null}'}
+    assert Tokenizer(null, model_eos=[1, 13]).eos_ids == (1, 13)       # as if it were not there
     several = Tokenizer({**files, "generation_config.json": b'{"eos_token_id": [1, 13]}'})
     assert (several.eos_id, several.eos_ids) == (1, (1, 13))
     bare = {"tokenizer.json": files["tokenizer.json"]}
@@ -2759,6 +2761,7 @@ DAMAGES = {
     "half a config": (lambda run: cut(run / "config.json", 100), "config.json"),
     "another config": (lambda run: (run / "config.json").write_text("[[]]"), "config.json"),
     "a list of names": (lambda run: (run / "config.json").write_text('["lr"]'), "config.json"),
+    "a value of no type": (lambda run: edit_json(run / "config.json", lr=None), "config.json"),
     "no such method": (lambda run: edit_json(run / "config.json", method="mine"), "--method"),
     "a wrong type": (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
     "a truth for a number": (lambda run: edit_json(run / "config.json", n_mu=True), "--n-mu"),

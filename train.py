@@ -231,7 +231,8 @@ def find_run(given, resume):
         raise ValueError(f"--out {out} exists and is not empty; take another one, or --resume")
     path = out / "config.json"
     found = read_object(path, path.read_bytes()) if path.is_file() else {}
-    if found.keys() != vars(Config()).keys():
+    resolved = [field.name for field in dataclasses.fields(Config) if "world" in field.metadata]
+    if found.keys() != vars(Config()).keys() or None in map(found.get, resolved):
         raise ValueError(f"--out {out} has no config.json of this version of the code; go on with "
                          "it by the version that began it")
     return found | {"out": given["out"]}                            # it may have been moved
@@ -282,7 +283,7 @@ def load_checkpoint(job, steps):
                 raise ValueError
         except Exception:                                      # a damaged file can raise anything
             raise ValueError(f"{path}: damaged, or does not fit the pairs, config.json and "
-                          "metrics.jsonl; resume needs all of them as they were") from None
+                             "metrics.jsonl; resume needs all of them as they were") from None
     replace_file(metrics, b"".join(lines[:done]))
     return done, metrics.open("a", buffering=1)                      # by lines
 

@@ -1,8 +1,8 @@
 """Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
 
-    python -m reproduction                  # everything
+    python -m reproduction                  # everything but the frontiers
     python -m reproduction theorems         # the exact games alone, a few minutes
-    python -m reproduction frontier         # rate, steps and KL; by this command alone
+    python -m reproduction frontier         # rate, steps and KL to SFT, nine rows
 
 Tables use ten seeds, the ablation three. Learning rates and steps are the recorded ones, chosen on
 other seeds and prompts; --tune chooses them again first. A run that is done already is not done
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import replace_file
-from reproduction import frontier, plan
+from reproduction import compare, frontier, plan
 from reproduction.figures import can_draw, draw, draw_games
 from reproduction.game import STEP_SIZES, exact_games
 from reproduction.runs import STEPS, carry_out_all, digest, start_worker
@@ -86,7 +86,7 @@ def run_frontier(options, pool):
         results |= {row: [next(found) for _ in tasks[row]] for row in rows}
     numbers = rounded(frontier.gather(results, rows, rates, seeds))
     report = "\n\n".join(f"{name}\n\n{table}"
-                         for name, table in frontier.tables(numbers, rates).items())
+                         for name, table in compare.tables(numbers, rates).items())
     print(f"\n{report}\n")
     out = out / "quick" if options.quick else out
     for folder in (out, RESULTS) if options.record else (out,):
@@ -155,7 +155,8 @@ def parse_arguments(arguments):
     parser.error = refuse
     parser.add_argument("part", nargs="?", choices=("theorems", "frontier"),
                         help="this part alone")
-    parser.add_argument("--quick", action="store_true", help="one seed, so no intervals")
+    parser.add_argument("--quick", action="store_true", help="one seed, so no intervals; one "
+                        "rate, one step size")
     parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
     parser.add_argument("--record", action="store_true", help="write choices, results and figures "
                         "to reproduction/results as well")
@@ -170,7 +171,9 @@ def parse_arguments(arguments):
         raise ValueError(f"--out {options.out} is a file, not a folder")
     if options.quick and options.record:
         raise ValueError("--record wants all seeds; leave out --quick")
-    if options.record and not can_draw():
+    if options.part is not None and options.tune:
+        raise ValueError(f"--tune is of no use to {options.part}; leave it out")
+    if options.record and options.part != "frontier" and not can_draw():
         raise ValueError(f"--record draws the figures: {INSTALL}")
     if not options.quick and options.part != "theorems":
         student()                                      # better refused now than in an hour

@@ -28,6 +28,10 @@ ROWS_AT_ONCE = 240          # answers sampled in one batch
 HELD_OUT = 200              # of the human's pairs, for train.py's looks
 
 
+class NoPairs(ValueError):
+    """A policy whose answers are all alike to the judge."""
+
+
 def rounds(config, count, keep, look=train.held_out_look):
     """Train config.model by `count` rounds, each a run with the options of `config`, in the folders
     round-1, round-2, ... of config.out. `look` is train's, with the round for the iteration."""
@@ -76,8 +80,8 @@ def sample_pairs(model, config, keep, number):
     ranked.sort(key=lambda gap_and_pair: -gap_and_pair[0])             # stable, in prompts' order
     kept = [pair for _, pair in ranked[:math.ceil(keep * len(ranked))]]
     if not kept:
-        raise ValueError(f"round {number}: the judge prefers no answer to another, so there is "
-                            "nothing left to train on; fewer rounds or a smaller lr may help")
+        raise NoPairs(f"round {number}: the judge prefers no answer to another, so there is "
+                      "nothing left to train on; fewer rounds or a smaller lr may help")
     endless = sum(len(answer) == room for answer in answers)
     tokens = sum(map(len, answers)) / len(answers)
     return kept, (f"{len(prompts)} prompts, {CANDIDATES} answers each, {tokens:.1f} tokens on "

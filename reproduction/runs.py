@@ -17,7 +17,7 @@ from tqdm import tqdm
 import train
 from data import SafeWorld, encode_pairs, replace_file
 from eval import EXAM_PAIRS, answer, pair_logps, shuffled_prompts
-from reproduction.rounds import rounds
+from reproduction.rounds import NoPairs, rounds
 
 STEPS = (50, 100, 150)                      # the protagonist's, that can be chosen
 TEST_SAMPLES, VALIDATION_SAMPLES = 4, 8     # answers sampled to each prompt
@@ -65,8 +65,9 @@ class Task:
     def files(self):
         """The code that its result follows from."""
         here = Path(__file__).parent
-        return (*(here.with_name(f"{room}.py") for room in ("iopo", "model", "data", "train")),
-                here / "runs.py", here / "rounds.py")
+        rooms = ("iopo", "model", "data", "train", "eval")
+        return (*(here.with_name(f"{room}.py") for room in rooms), here / "runs.py",
+                here / "rounds.py")
 
     def observe(self, result):
         """What train calls where it looks; it puts what it sees into the result."""
@@ -107,7 +108,7 @@ def carry_out(task):
                 train.save_config(config)
                 train.train(job, look)
             result["model"] = digest(task.model / "model.safetensors")
-        except (ValueError, FloatingPointError) as error:
+        except (NoPairs, FloatingPointError) as error:    # of what was tried some is beyond saving
             result["failure"] = str(error)
     for checkpoint in folder.rglob("checkpoint"):                      # nobody resumes it
         shutil.rmtree(checkpoint)

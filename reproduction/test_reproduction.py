@@ -26,12 +26,12 @@ import eval as examination
 import train
 from data import Pair, SafeWorld, Tokenizer, encode_pairs
 from model import Decoder, DecoderConfig
-from reproduction import baichuan2, figures, frontier, game, plan, rounds, runs, tables
+from reproduction import baichuan2, compare, figures, frontier, game, plan, rounds, runs, tables
 
 torch.set_num_threads(1)            # the models are tiny, and a busy machine then costs seconds
 command = importlib.import_module("reproduction.__main__")
 HERE = Path(__file__).parent
-MODULES = (command, figures, frontier, game, plan, rounds, runs, tables)
+MODULES = (command, compare, figures, frontier, game, plan, rounds, runs, tables)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
 
@@ -342,6 +342,7 @@ def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,word", [
     ("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed=3", "--seed"),
+    ("theorems --tune", "--tune"),
     ("tables", "invalid choice")])
 def test_flags_that_are_refused(flags, word, capsys):
     assert word in refused(command.main, flags.split(), capsys)
@@ -403,11 +404,11 @@ def test_kl_by_the_definition():
 
 def test_the_reward_at_a_kl():
     nan = float("nan")
-    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 2.0) == pytest.approx(3.0)
-    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 0.5) == pytest.approx(1.5)
-    assert frontier.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 3.5) is None
-    assert frontier.at_kl([2.0, 1.0, 4.0], [5.0, 9.0, 9.0], (0.0, 1.0), 1.5) == pytest.approx(4.0)
-    assert frontier.at_kl([1.0, nan], [2.0, nan], (0.0, 1.0), 2.0) is None
+    assert compare.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 2.0) == pytest.approx(3.0)
+    assert compare.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 0.5) == pytest.approx(1.5)
+    assert compare.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 3.5) is None
+    assert compare.at_kl([2.0, 1.0, 4.0], [5.0, 9.0, 9.0], (0.0, 1.0), 1.5) == pytest.approx(4.0)
+    assert compare.at_kl([1.0, nan], [2.0, nan], (0.0, 1.0), 2.0) is None
 
 
 def test_a_choice_is_scored_where_it_was_not_made():
@@ -415,19 +416,23 @@ def test_a_choice_is_scored_where_it_was_not_made():
     third would win, but diverged for one seed."""
     vote = np.array([[[0.8], [0.8], [0.1], [0.1], [0.1]], [[0.5]] * 5, [[1.0]] * 4 + [[np.nan]]])
     row = {"vote": vote.tolist(), "reward": (vote * 0 + np.arange(3)[:, None, None]).tolist()}
-    assert frontier.tuned(row) == (1, 0)
-    assert frontier.tuned({**row, "vote": vote[:2].tolist()}, [0, 1]) == (0, 0)
+    assert compare.tuned(row) == (1, 0)
+    assert compare.tuned({**row, "vote": vote[:2].tolist()}, [0, 1]) == (0, 0)
     row = {"vote": vote[:2].tolist(), "reward": (vote[:2] * 0 + [[[1.0]], [[2.0]]]).tolist()}
-    assert frontier.left_out(row, "reward").tolist() == [2, 2, 2, 2, 2]
+    numbers = {"SFT": {"reward": [0.0, 0.1, 0.2, 0.3, 0.4]}, "row": row}
+    assert compare.left_out(numbers, "row", "reward").tolist() == [2, 2, 2, 2, 2]
     row["vote"][0][2] = [0.8]                  # now it takes seeds 0 to 2 to choose the first rate
-    assert frontier.left_out(row, "reward").tolist() == [2, 2, 2, 1, 1]
-    found = frontier.out_of_sample(row, "reward")
+    assert compare.left_out(numbers, "row", "reward").tolist() == [2, 2, 2, 1, 1]
+    found = compare.out_of_sample(numbers, "row", "reward")
     assert 1 < found["mean"] < 2 and 0 < found["spread"] < 0.5
+    row["reward"][0][3] = [None]               # as JSON has it where the run diverged
+    row["vote"][0][3] = [None]
+    assert compare.left_out(numbers, "row", "reward").tolist() == [2, 2, 2, 0.3, 2]
 
 
 def test_holm_by_hand():
-    assert frontier.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert frontier.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert compare.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert compare.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
 
 
 def test_the_family_is_compared_seed_by_seed():
@@ -436,8 +441,8 @@ def test_the_family_is_compared_seed_by_seed():
     gaps = rng.normal(0.5, 1, size=10)
     row = {"vote": [[[0.5]] * 10], "reward": [[[value] for value in gaps]]}
     zero = {"vote": [[[0.5]] * 10], "reward": [[[0.0]] * 10]}
-    numbers = {"a": row, "b": zero}
-    [found, _] = frontier.comparisons(numbers, "reward", (("a", "b"), ("b", "b")))
+    numbers = {"SFT": {"reward": [0.0] * 10}, "a": row, "b": zero}
+    [found, _] = compare.comparisons(numbers, "reward", (("a", "b"), ("b", "b")))
     test = stats.ttest_1samp(gaps, 0)
     low, high = test.confidence_interval(1 - 0.05 / 2)
     assert found["p"] == pytest.approx(test.pvalue) and found["holm"] == pytest.approx(
@@ -457,12 +462,14 @@ def test_a_small_frontier(small_plan, tmp_path, capsys, monkeypatch):
     changes = {"ROWS": rows, "RATES": (1e-3, 1e15), "SEEDS": (0, 1), "LOOKS": (2, 4), "TURN": 2,
                "SAMPLES": {"test": 2, "validation": 1}, "FAMILY": (("IOPO", "DPO, beta 1"),)}
     for name, value in changes.items():
-        monkeypatch.setattr(frontier, name, value)
+        for module in (compare, frontier):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     flags = ["frontier", "--out", "out"]
     command.main(flags)
     printed, folder = capsys.readouterr().out, tmp_path / "out/frontier"
     recorded = json.loads((folder / "frontier.json").read_text())
-    for table in frontier.tables(recorded["rows"], recorded["rates"]).values():
+    for table in compare.tables(recorded["rows"], recorded["rates"]).values():
         assert table in printed
     packed = np.load(folder / "frontier.npz")
     assert packed["IOPO, test"].shape == (2, 2, 2, 2 * 20) and packed["IOPO, test"].dtype == np.int8
