@@ -242,9 +242,9 @@ def response_logps(model, batch):
 
 
 def target_logps(hidden, weight, targets):
-    """log softmax(hidden @ weight^T) at the targets: (n, D), (V, D), (n,) -> (n,), float32."""
-    weight = weight.view_as(weight)     # of a view autocast keeps no copy, in whose lower precision
-    logits = F.linear(hidden, weight).float()   # gradients of all chunks would be summed   # (n, V)
+    """log softmax(hidden @ weight^T) at the targets: (n, D), (V, D), (n,) -> (n,), float32. Of a
+    view autocast keeps no copy: gradients of all chunks are summed in the weight's own dtype."""
+    logits = F.linear(hidden, weight.view_as(weight)).float()                       # (n, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 
 

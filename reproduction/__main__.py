@@ -54,8 +54,7 @@ def main(arguments=None):
                 pool.shutdown(cancel_futures=True)
                 raise
         summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
-        report = "\n\n".join(f"{name}\n\n{table}" for name, table in tables(summary).items())
-        print(f"\n{report}\n")
+        report = printed(tables(summary))
         folder = Path(out, "quick") if options.quick else Path(out)
         save_summary(summary, folder)
         (folder / "tables.md").write_text(report + "\n", encoding="utf-8")
@@ -85,9 +84,7 @@ def run_frontier(options, pool):
         found = iter(carry_out_all(everything[len(seeds):], pool, bar))
         results |= {row: [next(found) for _ in tasks[row]] for row in rows}
     numbers = rounded(frontier.gather(results, rows, rates, seeds))
-    report = "\n\n".join(f"{name}\n\n{table}"
-                         for name, table in compare.tables(numbers, rates).items())
-    print(f"\n{report}\n")
+    printed(compare.tables(numbers, rates))
     out = out / "quick" if options.quick else out
     for folder in (out, RESULTS) if options.record else (out,):
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,14 +97,20 @@ def run_frontier(options, pool):
 def theorems(options):
     """The exact games: their table, numbers and figure."""
     games = rounded(exact_games(STEP_SIZES[:1] if options.quick else STEP_SIZES))
-    table = table_theorems(games)
-    print(f"\ntheorems\n\n{table}\n")
+    printed({"theorems": table_theorems(games)})
     out = Path(options.out, "quick") if options.quick else Path(options.out)
     for folder in (out, RESULTS) if options.record else (out,):
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "theorems.json", (json.dumps(games) + "\n").encode())
         if can_draw():
             draw_games(games, folder)
+
+
+def printed(tables):
+    """The text of these tables, which is printed."""
+    report = "\n\n".join(f"{name}\n\n{table}" for name, table in tables.items())
+    print(f"\n{report}\n")
+    return report
 
 
 def recorded_tuning():

@@ -8,7 +8,6 @@ Answers to the validation prompts are what a rate and a number of steps may be c
 """
 
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,14 +59,20 @@ class Run(Task):
 
     def observe(self, result):
         """What train calls after every turn; the result's looks have a look at each of LOOKS."""
-        start = Decoder.from_pretrained(self.config.model) if self.config.model else None
+        config, tokenizer = self.config, SafeWorld.tokenizer()
+        start = Decoder.from_pretrained(config.model) if config.model else None
+        pairs = SafeWorld().exam_pairs("test", EXAM_PAIRS)
+        rows, _, _ = encode_pairs(pairs, tokenizer, config.max_length)
+        before = start and logps_of(start, rows)
         looks = result["looks"] = []
 
         def look(job, step, iteration, player):
-            steps = job.players["protagonist"].steps
+            model, steps = job.players["protagonist"].model, job.players["protagonist"].steps
             if player != "adversary" and steps in (0, *LOOKS) and not (start and steps == 0):
-                looks.append({"steps": steps, **see(job.players["protagonist"].model, start,
-                                                    self.config.seed, steps)})
+                now = logps_of(model, rows)
+                margin, _, accuracy = margins(now, before or now)
+                seen = see(model, start, tokenizer, config.seed, steps)
+                looks.append({"steps": steps, **seen, "margin": margin, "accuracy": accuracy})
             return {}
         return look
 
@@ -89,11 +94,17 @@ def tasks(rows, rates, seeds, out):
 
 # ---- One look at a model -------------------------------------------------------------------------
 
-def see(model, start, seed, steps):
-    """What a model does. Rewards are in quarters, as they come: whole numbers, small files. `start`
-    is the SFT model, None where it is looked at itself, also at lower temperatures."""
-    world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
-    seen, draws = {}, itertools.count(10_000 * seed + 10 * steps)      # rows and rates share them
+def logps_of(model, rows):
+    """Log-probabilities of held-out pairs, as `margins` takes them."""
+    with tqdm(disable=True) as bar:
+        return {"logps": pair_logps(model, rows, bar)}
+
+
+def see(model, start, tokenizer, seed, steps):
+    """What a model answers. Rewards are in quarters, as they come: whole numbers, small files.
+    `start` is the SFT model, None where it is looked at itself, also at lower temperatures."""
+    world, seen = SafeWorld(), {}
+    draws = itertools.count(10_000 * seed + 10 * steps)                # rows and rates share them
     for split, samples in SAMPLES.items():
         prompts = shuffled_prompts(split) * samples
         seen[split] = answer(model, start or model, tokenizer, world, prompts, TEMPERATURE,
@@ -104,10 +115,6 @@ def see(model, start, seed, steps):
         for temperature in COOLER:
             seen[f"{temperature:g}"] = answer(model, model, tokenizer, world,
                                               test * SAMPLES["test"], temperature, next(draws))
-    rows, _, _ = encode_pairs(world.exam_pairs("test", EXAM_PAIRS), tokenizer, 64)
-    with tqdm(disable=True) as bar:
-        ours, theirs = ({"logps": pair_logps(each, rows, bar)} for each in (model, start or model))
-    seen["margin"], _, seen["accuracy"] = margins(ours, theirs)
     return seen
 
 
@@ -167,8 +174,7 @@ def gather(results, rows, rates, seeds):
     for row in rows:
         found = {measure: np.full((len(rates), len(seeds), len(LOOKS)), np.nan)
                  for measure in MEASURES}
-        for place, result in zip(itertools.product(range(len(rates)), range(len(seeds))),
-                                 results[row]):
+        for place, result in zip(np.ndindex(len(rates), len(seeds)), results[row]):
             for look in result["looks"]:
                 where = (*place, LOOKS.index(look["steps"]))
                 for measure, value in (
@@ -178,7 +184,7 @@ def gather(results, rows, rates, seeds):
                         ("vote", vote(look["validation"], sft[place[1]]["validation"]))):
                     found[measure][where] = value
         numbers[row] = {measure: values.tolist() for measure, values in found.items()}
-    return json.loads(json.dumps(numbers))
+    return numbers
 
 
 def pack(results, rows, rates, seeds):
