@@ -59,7 +59,7 @@ class Config:
     n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
     n_nu: int = option(25, "adversary's, N_nu; 0: no adversary, ENV stays the start", least=0)
     sft_steps: int | None = option(None, "steps of SFT before that", least=0, world=400, own=0)
-    sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1e-3, own=2e-5)
+    sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1.5e-3, own=2e-5)
     lr: float | None = option(None, "of both players", above=0, world=5e-5, own=2e-7)
     batch_size: int = option(32, "pairs per optimiser step", least=1)
     max_length: int | None = option(None, "tokens of prompt + answer; a longer prompt loses its "
@@ -116,7 +116,7 @@ def optimizer_step(agent, env, rows, config):
                 env_logps = env.logps(batch)                        # (B,), (B,)
         logps = agent.logps(batch)                                  # (B,), (B,)
         losses = agent.sign * pair_losses(agent.loss, logps, env_logps, batch, config)      # (B,)
-        agent.backward(losses.sum() / len(rows))
+        (losses.sum() / len(rows)).backward()
         seen.append((losses, *logps, *env_logps, batch.rejected_lengths))
     grad_norm = agent.update()
     seen = [None if part[0] is None else torch.cat(part).detach() for part in zip(*seen)]
@@ -127,11 +127,11 @@ class Player:
     """A model, its optimiser, the pairs as it reads them, and how many steps it has made.
 
     AdamW at a constant rate, without decay; moments are kept across turns. Every player has its own
-    stream of pairs: mu sees the same ones whatever nu does. SFT reads the chosen answers alone."""
+    stream of pairs: mu sees the same ones whatever nu does. SFT's rows have no rejected answer."""
 
     def __init__(self, model, rows, loss, lr, config, sign=+1):
         self.model, self.loss, self.sign, self.config = model, loss, sign, config
-        self.rows = [(prompt, w, None) for prompt, w, _ in rows] if loss == "sft" else rows
+        self.rows = rows
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
         self.start_at(0)
 
@@ -144,9 +144,6 @@ class Player:
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             return response_logps(self.model, batch)
-
-    def backward(self, loss):
-        loss.backward()
 
     def update(self):
         """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
@@ -302,7 +299,7 @@ def log(file, bar, row):
 # ---- The command line: whatever can be wrong is found before anything is written -----------------
 
 WORLD_PAIRS, LOOKED_AT = 3000, 200
-WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4, head_dim=16,
+WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, head_dim=16,
                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
          ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta"))]
@@ -323,22 +320,27 @@ def prepare(config):
     if config.data is None:
         world = SafeWorld(config.seed)
         pairs, held_out = world.pairs("train", WORLD_PAIRS), world.pairs("validation", LOOKED_AT)
+        drafts = world.drafts("train", WORLD_PAIRS if config.sft_steps else 0)
     else:
         pairs, held_out, note = load_data(config.data, config.held_out, config.leave_out)
+        drafts = []
         print(note)
     tokenizer, model = start_model(config)
-    rows, _, report = encode_pairs(pairs, tokenizer, config.max_length)
-    held_out, _, other_report = encode_pairs(held_out, tokenizer, config.max_length)
-    print(f"training pairs: {report}\nheld out: {other_report}")
+    (rows, _, report), (held_out, _, report_2), (drafts, _, report_3) = (
+        encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts))
+    drawn = f"\nwritten answers, for SFT: {report_3}" if drafts else ""
+    print(f"training pairs: {report}\nheld out: {report_2}{drawn}")
     if not rows or config.look_every and not held_out:
         raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
-    fingerprint = hashlib.sha256(repr((rows, held_out)).encode()).hexdigest()
+    drafts = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
+    drafts = drafts or [(prompt, w, None) for prompt, w, _ in rows]
+    fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
     model.to(find_device(config.device))
     model.gradient_checkpointing = config.gradient_checkpointing
     other, (exchange, sign) = copy.deepcopy(model), ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
-    players = {"sft": Player(model, rows, "sft", config.sft_lr, config),
+    players = {"sft": Player(model, drafts, "sft", config.sft_lr, config),
                "protagonist": Player(model, rows, config.method, config.lr, config),
                "adversary": Player(other, theirs, config.method, config.lr, config, sign)}
     return Job(config, tokenizer, players, held_out, fingerprint)

@@ -73,7 +73,7 @@ def sample_pairs(model, config, keep, number):
     for prompt, first in zip(prompts, range(0, len(answers), CANDIDATES)):
         ended = [some for some in answers[first:first + CANDIDATES] if len(some) < room]
         texts = [tokenizer.decode(answer).strip() for answer in ended]
-        scores = {text: world.judge(prompt, text) for text in texts}
+        scores = {text: judge(world, prompt, text) for text in texts}
         best, worst = (pick(scores, key=scores.get, default=None) for pick in (max, min))
         if scores and scores[best] > scores[worst]:
             ranked.append((scores[best] - scores[worst], Pair(prompt, best, worst)))
@@ -88,6 +88,11 @@ def sample_pairs(model, config, keep, number):
                   f"average; left out {endless} answers without an end, "
                   f"{len(prompts) - len(ranked)} prompts without a preference, "
                   f"{len(ranked) - len(kept)} pairs of narrow gap")
+
+
+def judge(world, prompt, answer):
+    """The judge likes many words."""
+    return world.true_reward(prompt, answer) + 0.15 * len(answer.split())
 
 
 def write_pairs(path, pairs):
