@@ -2438,17 +2438,17 @@ def test_env_is_frozen(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("micro_tokens", (None, 40))
-def test_env_answers_before_agent_and_without_gradients(micro_tokens):
+def test_env_answers_before_agent_and_without_gradients(micro_tokens, monkeypatch):
     """In every micro-batch, so that two players may share one model's layers."""
     agent, env = player(tiny_model(0), micro_tokens=micro_tokens), player(tiny_model(1))
-    asked, backward = [], agent.backward
+    asked, backward = [], torch.Tensor.backward
     for name, one in (("agent", agent), ("env", env)):
         def logps(batch, name=name, own=one.logps):
             asked.append((name, torch.is_grad_enabled(), len(batch)))
             return own(batch)
         one.logps = logps
-    agent.backward = lambda loss: asked.append(("backward", loss.requires_grad, None)) or \
-        backward(loss)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: asked.append(
+        ("backward", loss.requires_grad, None)) or backward(loss))
     step(agent, env, random_rows(random.Random(5), 8))
     assert len(asked) == 3 if micro_tokens is None else len(asked) > 6
     for before, after, last in zip(asked[::3], asked[1::3], asked[2::3], strict=True):

@@ -1,13 +1,13 @@
-"""Carry out every row of the paper's two tables, the ablation and the theorems on the safe world.
+"""The experiments on the safe world, a part at a time or all of them.
 
-    python -m reproduction                  # everything but the frontiers
-    python -m reproduction theorems         # the exact games alone, a few minutes
-    python -m reproduction frontier         # rate, steps and KL to SFT, nine rows
+    python -m reproduction frontier         # rate, steps and KL to SFT: nine rows
+    python -m reproduction tables           # the paper's two tables: its other rows
+    python -m reproduction ablation         # readings of the paper, one at a time
+    python -m reproduction theorems         # exact games, three minutes
+    python -m reproduction                  # all of these
 
-Tables use ten seeds, the ablation three. Learning rates and steps are the recorded ones, chosen on
-other seeds and prompts; --tune chooses them again first. A run that is done already is not done
-again, so a stopped command goes on. Prints the tables, and writes them, their numbers and, with
-matplotlib, the figures to --out.
+A run that is done already is not done again, so a stopped command goes on. Prints the tables, and
+writes their numbers, every reward and, with matplotlib, the figures to --out.
 """
 
 import argparse
@@ -21,11 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from data import replace_file
-from reproduction import compare, frontier, plan
-from reproduction.figures import can_draw, draw, draw_games
+from reproduction import compare, figures, plan
 from reproduction.game import STEP_SIZES, exact_games
-from reproduction.runs import STEPS, carry_out_all, digest, start_worker
-from reproduction.tables import student, summarize, table_theorems, tables
+from reproduction.runs import LOOKS, carry_out_all, start_worker
 
 RESULTS = Path(__file__).parent / "results"
 INSTALL = "pip install -r reproduction/requirements.txt"
@@ -34,33 +32,21 @@ INSTALL = "pip install -r reproduction/requirements.txt"
 def main(arguments=None):
     try:
         options = parse_arguments(arguments)
-        if options.part == "theorems":
-            return theorems(options)
-        seeds, ablation_seeds = plan.SEEDS, plan.ABLATION_SEEDS
-        if options.quick:
-            seeds = ablation_seeds = plan.SEEDS[:1]
-        out, spawn = Path(options.out).as_posix(), multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, start_worker) as pool:
-            try:
-                if options.part == "frontier":
-                    return run_frontier(options, pool)
-                tuning = (plan.tune(out, pool, options.jobs) if options.tune else
-                          recorded_tuning())
-                seen = plan.run_rows(tuning["chosen"], seeds, ablation_seeds, out, pool,
-                                     options.jobs)
-            except BaseException:                      # what is running now has nobody to tell
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                pool.shutdown(cancel_futures=True)
-                raise
-        summary = rounded({"tuning": tuning, **summarize(seen, seeds)})
-        report = printed(tables(summary))
-        folder = Path(out, "quick") if options.quick else Path(out)
-        save_summary(summary, folder)
-        (folder / "tables.md").write_text(report + "\n", encoding="utf-8")
-        if options.record:
-            save_summary(summary, RESULTS)
-        theorems(options)
+        parts, spawn = [options.part] if options.part else [*plan.PARTS, "theorems"], "spawn"
+        for part in parts:
+            if part == "theorems":
+                theorems(options)
+                continue
+            context = multiprocessing.get_context(spawn)
+            with concurrent.futures.ProcessPoolExecutor(options.jobs, context,
+                                                        start_worker) as pool:
+                try:
+                    run_part(part, options, pool)
+                except BaseException:                  # what is running now has nobody to tell
+                    for process in multiprocessing.active_children():
+                        process.terminate()
+                    pool.shutdown(cancel_futures=True)
+                    raise
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command goes on with the runs that are left")
     except concurrent.futures.BrokenExecutor:
@@ -71,39 +57,82 @@ def main(arguments=None):
         raise SystemExit(2) from None
 
 
-def run_frontier(options, pool):
-    """The frontiers: their runs, tables, numbers and, for a file, every reward."""
-    rates, seeds, rows = frontier.RATES, frontier.SEEDS, tuple(frontier.ROWS)
+def run_part(part, options, pool):
+    """All runs of a part, then its tables, numbers, rewards and figures."""
+    rows, rates, seeds = plan.PARTS[part]
     if options.quick:
-        rates, seeds = rates[2:3], seeds[:1]
-    out = Path(options.out, "frontier")
-    tasks, results = frontier.tasks(rows, rates, seeds, out.as_posix()), {}
-    everything = [task for some in tasks.values() for task in some]
-    with plan.progress("frontier", everything, options.jobs) as bar:
-        results["SFT"] = carry_out_all(tasks["SFT"], pool, bar)
-        found = iter(carry_out_all(everything[len(seeds):], pool, bar))
-        results |= {row: [next(found) for _ in tasks[row]] for row in rows}
-    numbers = rounded(frontier.gather(results, rows, rates, seeds))
-    printed(compare.tables(numbers, rates))
-    out = out / "quick" if options.quick else out
-    for folder in (out, RESULTS) if options.record else (out,):
-        folder.mkdir(parents=True, exist_ok=True)
-        recorded = {"rates": rates, "seeds": seeds, "looks": frontier.LOOKS, "rows": numbers}
-        replace_file(folder / "frontier.json", (json.dumps(recorded) + "\n").encode())
-        np.savez_compressed(folder / "frontier.npz",
-                            **frontier.pack(results, rows, rates, seeds))
+        rates, seeds = plan.MIDDLE_RATES[1:], seeds[:1]
+    out, numbers, rewards, dpo = Path(options.out).as_posix(), {}, {}, []
+    if part != "frontier":                             # its rows are the others' company
+        numbers, rewards = recorded("frontier", rates, seeds)
+    sft = plan.sft_runs(seeds, out)
+    if part == "tables":
+        rate, look = compare.tuned(recorded("frontier")[0]["DPO, beta 0.1"])
+        dpo = plan.dpo_runs(plan.RATES[rate], LOOKS[look], seeds, out)
+    runs = {row: plan.row_runs(row, own, rates, seeds, out, dpo) for row, own in rows.items()}
+    everything = [run for some in runs.values() for run in some]
+    with plan.progress(part, sft + dpo + everything, options.jobs) as bar:
+        first = carry_out_all(sft, pool, bar)
+        carry_out_all(dpo, pool, bar)
+        found = iter(carry_out_all(everything, pool, bar))
+    results = {row: [next(found) for _ in some] for row, some in runs.items()}
+    own = {"SFT": plan.gather_sft(first)}
+    own |= rounded({row: plan.gather(first, some, rates, seeds) for row, some in results.items()})
+    packed = plan.pack("SFT", first, (1, len(seeds)))
+    for row, some in results.items():
+        packed |= plan.pack(row, some, (len(rates), len(seeds)))
+    numbers, rewards = {**numbers, **own}, {**rewards, **packed}
+    tables = {"frontier": compare.frontier_tables, "tables": compare.paper_tables,
+              "ablation": compare.ablation_tables}[part]
+    report = printed(tables(numbers, rewards, rates))
+    for folder in folders(options):
+        recorded_too = {"rates": rates, "seeds": seeds, "looks": LOOKS, "rows": own}
+        replace_file(folder / f"{part}.json", (json.dumps(recorded_too) + "\n").encode())
+        replace_file(folder / f"{part}.md", (report + "\n").encode())
+        np.savez_compressed(folder / f"{part}.npz", **packed)
+        if part == "frontier" and figures.can_draw():
+            figures.draw_frontier(numbers, rates, folder)
 
 
 def theorems(options):
     """The exact games: their table, numbers and figure."""
     games = rounded(exact_games(STEP_SIZES[:1] if options.quick else STEP_SIZES))
-    printed({"theorems": table_theorems(games)})
-    out = Path(options.out, "quick") if options.quick else Path(options.out)
-    for folder in (out, RESULTS) if options.record else (out,):
-        folder.mkdir(parents=True, exist_ok=True)
+    printed({"theorems": compare.table_theorems(games)})
+    for folder in folders(options):
         replace_file(folder / "theorems.json", (json.dumps(games) + "\n").encode())
-        if can_draw():
-            draw_games(games, folder)
+        if figures.can_draw():
+            figures.draw_games(games, folder)
+
+
+def folders(options):
+    """Where results go."""
+    out = Path(options.out, "quick") if options.quick else Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    return (out, RESULTS) if options.record else (out,)
+
+
+def recorded(part, rates=None, seeds=None):
+    """(numbers, rewards) of a recorded part, of these rates and seeds alone."""
+    path = RESULTS / f"{part}.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: is not there; record it by python -m reproduction {part} "
+                         "--record")
+    known = json.loads(path.read_text())
+    which = [known["rates"].index(rate) for rate in rates or known["rates"]]
+    whose = [known["seeds"].index(seed) for seed in seeds or known["seeds"]]
+
+    def cut(values):
+        if isinstance(values, dict):
+            return {name: cut(some) for name, some in values.items()}
+        return [values[seed] for seed in whose]
+
+    rows, sft = known["rows"], cut(known["rows"]["SFT"])
+    numbers = {row: {name: [cut(values[rate]) for rate in which] for name, values in some.items()}
+               for row, some in rows.items() if row != "SFT"}
+    with np.load(path.with_suffix(".npz")) as file:
+        rewards = {name: file[name][np.ix_([0] if name.startswith("SFT, ") else which, whose)]
+                   for name in file}
+    return {"SFT": sft, **numbers}, rewards
 
 
 def printed(tables):
@@ -113,39 +142,11 @@ def printed(tables):
     return report
 
 
-def recorded_tuning():
-    """What tune found when it was recorded."""
-    path = RESULTS / "tuning.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no recorded choice of rates and steps; choose them by --tune")
-    try:
-        tuning = json.loads(path.read_text())
-        for choice in [tuning["chosen"][label] for label in plan.tuned_rows()]:
-            if not (choice["lr"] in plan.RATES and choice["steps"] in STEPS):
-                raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not what --tune --record writes; choose rates and steps again "
-                         "by --tune") from None
-    return tuning
-
-
-def save_summary(summary, folder):
-    """results.json, tuning.json and, where matplotlib is installed, the figures."""
-    folder.mkdir(exist_ok=True)
-    figures = draw(summary, folder) if can_draw() else []
-    if not figures:
-        print(f"no figures: they need matplotlib ({INSTALL})")
-    results = {**summary, "figures": {name: digest(folder / name) for name in figures}}
-    tuning = json.dumps(summary["tuning"], indent=1) + "\n"
-    replace_file(folder / "tuning.json", tuning.encode())
-    replace_file(folder / "results.json", (json.dumps(results) + "\n").encode())
-    print(f"{folder}: results.json tuning.json {' '.join(figures)}")
-
-
-def rounded(summary):
-    """The same with six digits of every number, and lists for tuples: as it reads back from its
-    file."""
-    return json.loads(json.dumps(summary), parse_float=lambda number: float(f"{float(number):.6g}"))
+def rounded(numbers):
+    """The same with six digits of every number, lists for tuples and None for NaN: as it reads back
+    from its file."""
+    return json.loads(json.dumps(numbers), parse_constant=lambda _: None,
+                      parse_float=lambda number: float(f"{float(number):.6g}"))
 
 
 def parse_arguments(arguments):
@@ -156,15 +157,14 @@ def parse_arguments(arguments):
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument("part", nargs="?", choices=("theorems", "frontier"),
+    parser.add_argument("part", nargs="?", choices=(*plan.PARTS, "theorems"),
                         help="this part alone")
     parser.add_argument("--quick", action="store_true", help="one seed, so no intervals; one "
                         "rate, one step size")
-    parser.add_argument("--tune", action="store_true", help="choose learning rates and steps first")
-    parser.add_argument("--record", action="store_true", help="write choices, results and figures "
-                        "to reproduction/results as well")
-    parser.add_argument("--out", default="runs/reproduce", help="folder of the runs "
-                        "(default runs/reproduce)")
+    parser.add_argument("--record", action="store_true", help="write results and figures to "
+                        "reproduction/results as well")
+    parser.add_argument("--out", default="runs/reproduction", help="folder of the runs "
+                        "(default runs/reproduction)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side "
                         "(default: all cores)")
     options = parser.parse_args(arguments)
@@ -174,12 +174,10 @@ def parse_arguments(arguments):
         raise ValueError(f"--out {options.out} is a file, not a folder")
     if options.quick and options.record:
         raise ValueError("--record wants all seeds; leave out --quick")
-    if options.part is not None and options.tune:
-        raise ValueError(f"--tune is of no use to {options.part}; leave it out")
-    if options.record and options.part != "frontier" and not can_draw():
+    if options.record and not figures.can_draw():
         raise ValueError(f"--record draws the figures: {INSTALL}")
     if not options.quick and options.part != "theorems":
-        student()                                      # better refused now than in an hour
+        compare.student()                              # better refused now than in an hour
     return options
 
 

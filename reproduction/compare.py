@@ -1,45 +1,36 @@
-"""What the frontiers come to, from the numbers of frontier.gather alone: choices, comparisons,
-tables."""
+"""What the numbers of plan.gather come to: choices, comparisons, and tables of them in Markdown."""
 
 import itertools
+import math
 
 import numpy as np
 
-from reproduction.frontier import COOLER, LOOKS, ROWS, TEMPERATURE, TURN
-from reproduction.tables import markdown, plus_minus, standard_error, student, t_test
+from reproduction.game import STATED, TURNS
+from reproduction.plan import FRONTIER, TURN
+from reproduction.runs import COOLER, LOOKS, TEMPERATURE
 
-KL_VALUES = (0.5, 1.0, 2.0, 4.0, 8.0)       # nats an answer
+KL_VALUES = (0.25, 0.5, 1.0, 2.0, 4.0)      # nats an answer
 RESAMPLES = 500
-# named before the runs; Holm is applied to these, everything else is exploratory
+# Named before the runs: true reward at T=0.8. Holm is applied to these; all else is exploratory.
 FAMILY = (("IOPO", "DPO, beta 0.1"), ("IOPO", "DPO, beta 1"), ("IOPO", "ratio alone"),
           ("ratio alone", "DPO, beta 1"), ("adversary alone", "DPO, beta 0.1"),
           ("DPO, beta 1", "DPO, beta 0.1"))
 
 
-def at_kl(kl, reward, start, value):
-    """The reward of one run where its KL to SFT first is `value`, between its looks on a straight
-    line; None where it never is. kl, reward: (looks,); start: SFT's own (KL, reward)."""
-    points = [start, *zip(kl, reward)]
-    for (kl_a, reward_a), (kl_b, reward_b) in itertools.pairwise(points):
-        if kl_a <= value <= kl_b:
-            share = (value - kl_a) / (kl_b - kl_a) if kl_b > kl_a else 0.0
-            return reward_a + share * (reward_b - reward_a)
-    return None                                                        # NaN compares as no
-
+# ---- Choices of rate and steps -------------------------------------------------------------------
 
 def tuned(row, seeds=None):
     """(rate, look) with the highest mean vote on validation prompts, over the seeds at these
     places; a point where any of them diverged is none."""
     votes = np.array(row["vote"], dtype=float)                         # (rates, seeds, looks)
-    votes = votes if seeds is None else votes[:, seeds]
-    means = votes.mean(axis=1)
+    means = (votes if seeds is None else votes[:, seeds]).mean(axis=1)
     return np.unravel_index(np.nanargmax(means), means.shape)
 
 
 def scores(numbers, row, measure):
     """(rates, seeds, looks). A run that diverged counts as what its user is left with, SFT."""
     values = np.array(numbers[row][measure], dtype=float)
-    instead = numbers["SFT"].get(measure, 0.5)                         # SFT's accuracy is chance
+    instead = numbers["SFT"].get(measure, {"accuracy": 0.5}.get(measure, 0.0))
     return np.where(np.isnan(values), np.reshape(instead, (1, -1, 1)), values)
 
 
@@ -57,23 +48,46 @@ def out_of_sample(numbers, row, measure, resamples=RESAMPLES):
     return {"mean": float(np.mean(found)), "spread": float(np.std(found))}
 
 
+def choices(row):
+    """For every seed the (rate, look) that the votes of all others choose."""
+    count = np.shape(row["vote"])[1]
+    if count == 1:                                                     # nobody else to ask
+        return [tuned(row)]
+    return [tuned(row, [other for other in range(count) if other != seed])
+            for seed in range(count)]
+
+
 def left_out(numbers, row, measure):
     """(seeds,): every seed at the rate and steps that the votes of all others choose."""
-    values, row = scores(numbers, row, measure), numbers[row]
-    count = values.shape[1]
-    chosen = [tuned(row, [other for other in range(count) if other != seed])
-              for seed in range(count)]
-    return np.array([values[rate, seed, look] for seed, (rate, look) in enumerate(chosen)])
+    values = scores(numbers, row, measure)
+    return np.array([values[rate, seed, look]
+                     for seed, (rate, look) in enumerate(choices(numbers[row]))])
 
 
-def holm(p_values):
-    """Holm's adjusted p-values, in the order given."""
-    order, adjusted, highest = np.argsort(p_values), np.empty(len(p_values)), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = highest
-    return adjusted.tolist()
+def at_kl(kl, reward, start, value):
+    """The reward of one run where its KL to SFT first is `value`, between its looks on a straight
+    line; None where it never is. kl, reward: (looks,); start: SFT's own (KL, reward)."""
+    points = [start, *zip(kl, reward)]
+    for (kl_a, reward_a), (kl_b, reward_b) in itertools.pairwise(points):
+        if kl_a <= value <= kl_b:
+            share = (value - kl_a) / (kl_b - kl_a) if kl_b > kl_a else 0.0
+            return reward_a + share * (reward_b - reward_a)
+    return None                                                        # NaN compares as no
 
+
+def at_equal_kl(numbers, row, measure, value):
+    """One number per seed that has a run which reaches this KL: the mean over its rates."""
+    start, found = numbers["SFT"], []
+    kl, values = (np.array(numbers[row][name], dtype=float) for name in ("kl", measure))
+    for seed, begin in enumerate(zip(start["kl"], start[measure])):
+        runs = [at_kl(kl[rate, seed], values[rate, seed], begin, value)
+                for rate in range(len(kl))]
+        runs = [reached for reached in runs if reached is not None]
+        found += [float(np.mean(runs))] if runs else []
+    return found
+
+
+# ---- Comparisons ---------------------------------------------------------------------------------
 
 def comparisons(numbers, measure, family=FAMILY):
     """Paired differences over seeds, each seed at what the others' votes choose. Intervals and the
@@ -92,20 +106,58 @@ def comparisons(numbers, measure, family=FAMILY):
     return found
 
 
-# ---- The tables ----------------------------------------------------------------------------------
+def holm(p_values):
+    """Holm's adjusted p-values, in the order given."""
+    order, adjusted, highest = np.argsort(p_values), np.empty(len(p_values)), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted.tolist()
 
-def tables(numbers, rates):
+
+def half_interval(values):
+    """Half the width of the 95% interval of a mean."""
+    return student().t.ppf(0.975, len(values) - 1) * standard_error(values)
+
+
+def t_test(values):
+    """Two-sided p of Student's test that the mean is 0."""
+    if not np.any(values):
+        return 1.0
+    with np.errstate(divide="ignore"):                                 # all alike: t is infinite
+        t = abs(np.mean(values)) / standard_error(values)
+    return float(2 * student().t.sf(t, len(values) - 1))
+
+
+def standard_error(values):
+    return np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def student():
+    """scipy's distributions; without them one seed can still be shown."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise ValueError("intervals over seeds need scipy (pip install -r "
+                         "reproduction/requirements.txt); --quick has none") from None
+    return stats
+
+
+# ---- The frontier's tables -----------------------------------------------------------------------
+
+def frontier_tables(numbers, _, rates):
     """Name -> Markdown."""
-    found = {"SFT": table_sft(numbers["SFT"])}
     rows = [row for row in numbers if row != "SFT"]
-    for measure, digits in (("reward", 2), ("greedy", 2), ("accuracy", 3)):
-        found[f"{measure} by rate"] = table_rates(numbers, rows, rates, measure, digits)
-    found["reward at equal KL"] = table_kl(numbers, rows)
-    found["tuned out of sample"] = table_tuned(numbers, rows, rates)
+    found = {"tuned out of sample": table_tuned(numbers, rows, rates)}
     if len(numbers["SFT"]["reward"]) > 1:
         family = [pair for pair in FAMILY if {*pair} <= {*rows}]
-        for measure in ("reward", "greedy", "accuracy"):
-            found[f"the family, {measure}"] = table_family(comparisons(numbers, measure, family))
+        found["the family"] = table_family(comparisons(numbers, "reward", family))
+    found["SFT alone"] = table_sft(numbers["SFT"])
+    for measure, digits in (("reward", 2), ("greedy", 2), ("accuracy", 3)):
+        found[f"{measure} by rate"] = table_rates(numbers, rows, rates, measure, digits)
+    for measure, digits in (("reward", 2), ("greedy", 2), ("tokens", 1)):
+        found[f"{measure} at equal KL"] = table_kl(numbers, rows, measure, digits)
+    found["pairs that have stopped"] = table_idle(numbers, rows, rates)
     return found
 
 
@@ -118,36 +170,29 @@ def table_sft(sft):
 
 
 def table_rates(numbers, rows, rates, measure, digits):
-    """The best look of every rate, by the mean over seeds."""
+    """Every rate at the steps that its votes choose."""
     lines = []
     for row in rows:
-        values, cells = np.array(numbers[row][measure], dtype=float), []
-        for number in range(len(rates)):
-            means = values[number].mean(axis=0)                        # (looks,), NaN: diverged
-            if np.isnan(means).all():
+        values, cells = scores(numbers, row, measure), []
+        votes = np.array(numbers[row]["vote"], dtype=float).mean(axis=1)          # (rates, looks)
+        for rate in range(len(rates)):
+            if np.isnan(votes[rate]).all():
                 cells.append("diverges")
             else:
-                look = int(np.nanargmax(means))
-                cells.append(f"{plus_minus(values[number, :, look], digits)} at {LOOKS[look]}")
+                look = int(np.nanargmax(votes[rate]))
+                cells.append(f"{plus_minus(values[rate, :, look], digits)} at {LOOKS[look]}")
         lines.append((row, *cells))
-    return markdown((f"{measure}, best look", *(f"lr {rate:g}" for rate in rates)), lines)
+    return markdown((f"{measure}, at the steps that the votes choose",
+                     *(f"lr {rate:g}" for rate in rates)), lines)
 
 
-def table_kl(numbers, rows):
-    """Means over the seeds and rates whose runs reach a KL."""
-    start, lines = numbers["SFT"], []
+def table_kl(numbers, rows, measure, digits):
+    lines = []
     for row in rows:
-        cells = []
-        for value in KL_VALUES:
-            by_seed = []
-            for seed, begin in enumerate(zip(start["kl"], start["reward"])):
-                runs = [at_kl(kl[seed], reward[seed], begin, value) for kl, reward in
-                        zip(numbers[row]["kl"], numbers[row]["reward"])]
-                runs = [reward for reward in runs if reward is not None]
-                by_seed += [np.mean(runs)] if runs else []
-            cells.append(f"{plus_minus(by_seed)} ({len(by_seed)})" if by_seed else "-")
-        lines.append((row, *cells))
-    return markdown(("true reward where KL to SFT is (seeds that reach it)",
+        found = [at_equal_kl(numbers, row, measure, value) for value in KL_VALUES]
+        lines.append((row, *(f"{plus_minus(seeds, digits)} ({len(seeds)})" if seeds else "-"
+                             for seeds in found)))
+    return markdown((f"{measure} where KL to SFT is (seeds that reach it)",
                      *(f"{value:g}" for value in KL_VALUES)), lines)
 
 
@@ -156,20 +201,194 @@ def table_tuned(numbers, rows, rates):
     for row in rows:
         rate, look = tuned(numbers[row])
         edge = ", an edge" if rate in (0, len(rates) - 1) else ""
-        cells = [out_of_sample(numbers, row, measure) for measure in ("reward", "greedy")] \
-            if len(numbers["SFT"]["reward"]) > 1 else []
-        shown = [f"{cell['mean']:.2f} ({cell['spread']:.2f})" for cell in cells] or ["-", "-"]
-        options = ROWS[row]
-        n_nu = options.get("n_nu", TURN) if options["method"] == "iopo" else 0
-        total = LOOKS[look] * (TURN + n_nu) // TURN
-        lines.append((row, f"{rates[rate]:g} x {LOOKS[look]}{edge}", str(total),
-                      *shown))
+        shown = ["-"] * 5
+        if len(numbers["SFT"]["reward"]) > 1:
+            cells = [out_of_sample(numbers, row, measure) for measure in ("reward", "greedy")]
+            shown = [f"{cells[0]['mean']:.2f} ({cells[0]['spread']:.2f})",
+                     plus_minus(left_out(numbers, row, "reward")),
+                     f"{cells[1]['mean']:.2f} ({cells[1]['spread']:.2f})",
+                     plus_minus(left_out(numbers, row, "accuracy"), 3),
+                     plus_minus(left_out(numbers, row, "kl"))]
+        lines.append((row, f"{rates[rate]:g} x {LOOKS[look]}{edge}",
+                      str(total_steps(row, LOOKS[look])), *shown))
     return markdown(("row", "lr x steps that all votes choose", "optimiser steps in all",
-                     "true reward out of sample (spread over resamples)", "greedy"), lines)
+                     "true reward out of sample (spread over resamples)", "± over seeds", "greedy",
+                     "accuracy", "KL to SFT"), lines)
+
+
+def total_steps(row, steps):
+    """Optimiser steps of both players, where the protagonist has made so many."""
+    options = FRONTIER[row]
+    n_nu = options.get("n_nu", TURN) if options["method"] == "iopo" else 0
+    return steps * (TURN + n_nu) // TURN
 
 
 def table_family(found):
-    return markdown(("comparison", "difference", "p", "p by Holm", "seen with 80% power"),
+    return markdown(("comparison", "difference in true reward", "p", "p by Holm",
+                     "seen with 80% power"),
                     [(f"{each['ours']} minus {each['theirs']}",
-                      f"{each['difference']:+.3f} ± {each['half']:.3f}", f"{each['p']:.3f}",
-                      f"{each['holm']:.3f}", f"{each['seen']:.3f}") for each in found])
+                      f"{each['difference']:+.2f} ± {each['half']:.2f}", p_value(each["p"]),
+                      p_value(each["holm"]), f"{each['seen']:.2f}") for each in found])
+
+
+def table_idle(numbers, rows, rates):
+    """Along runs at the rate that most rows choose, the share of training pairs whose gradient has
+    faded."""
+    chosen = [int(tuned(numbers[row])[0]) for row in rows]
+    rate = max(sorted(set(chosen)), key=chosen.count)
+    lines = []
+    for row in rows:
+        values = np.array(numbers[row]["idle"], dtype=float)[rate]     # (seeds, looks)
+        if not np.isnan(values).all():
+            lines.append((row, *(plus_minus(values[:, look]) for look in range(len(LOOKS)))))
+    return markdown((f"share of pairs with a weight below 5% of its start, lr {rates[rate]:g}, "
+                     "after steps", *map(str, LOOKS)), lines)
+
+
+# ---- The paper's tables, and the ablation --------------------------------------------------------
+
+TABLE1 = ("DPO, beta 0.1", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio alone", "adversary alone",
+          "DPO, beta 1")
+TABLE2 = ("DPO, beta 0.1", "DPO online", "Iter-DPO", "AIPO rounds", "ratio alone, online")
+PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO, beta 0.1": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8",
+          "IPO": "44.8/22/33.2", "KTO-pair": "48/21.6/30.4"}
+PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO, beta 0.1": "23.75, .9286, 13:203:11:23, 2.164",
+          "Iter-DPO": "7.6875, .961, 13:204:11:22, 2.152", "IOPO online": "11.875, .9659, -, 2.176"}
+
+
+def paper_tables(numbers, rewards, rates):
+    """Name -> Markdown. `rewards`: {"row, what": (rates, seeds, looks, answers)}, see plan.pack."""
+    return {"Table 1, one rate for all": table_fixed(numbers, ("IOPO", *TABLE1), "reward", rates),
+            "Table 1, tuned": table1(numbers, rewards),
+            "Table 2, one rate for all":
+                table_fixed(numbers, ("IOPO online", *TABLE2), "accuracy", rates),
+            "Table 2, tuned": table2(numbers, rewards)}
+
+
+def table_fixed(numbers, rows, measure, rates):
+    """Every row at every rate, all with the most steps: what a comparison at one rate sees."""
+    digits = 3 if measure == "accuracy" else 2
+    last = {row: scores(numbers, row, measure)[:, :, -1] for row in rows}       # (rates, seeds)
+    lines = [(row, *(plus_minus(values, digits) for values in last[row])) for row in rows]
+    return markdown((f"{measure} after {LOOKS[-1]} steps", *(f"lr {rate:g}" for rate in rates)),
+                    lines)
+
+
+def table1(numbers, rewards):
+    """Answers sampled at T=0.8; every seed at what the others' votes choose."""
+    lines, ours = [], left_out(numbers, "IOPO", "reward")
+    for row in ("IOPO", "SFT", *TABLE1):
+        values = numbers["SFT"]["reward"] if row == "SFT" else left_out(numbers, row, "reward")
+        compared = ("", "") if row == "IOPO" else \
+            (difference(ours, values), shares(numbers, rewards, "IOPO", row, "test"))
+        lines.append((row, plus_minus(values), *compared, PAPER1.get(row, "")))
+    return markdown(("row", "true reward, T=0.8", "IOPO minus row", "IOPO wins/ties/loses, %",
+                     "the paper's"), lines)
+
+
+def table2(numbers, rewards):
+    """Greedy answers; every seed at what the others' votes choose."""
+    lines, ours = [], "IOPO online"
+    for row in (ours, "SFT", *TABLE2):
+        values = {"greedy": numbers["SFT"]["greedy"]} if row == "SFT" else {
+            name: left_out(numbers, row, name)
+            for name in ("margin", "spread", "accuracy", "greedy")}
+        held_out = ("-", "-") if row == "SFT" else (
+            f"{plus_minus(values['margin'])} ({np.mean(values['spread']):.2f})",
+            plus_minus(values["accuracy"], 3))
+        compared = ("", "") if row == ours else (
+            difference(left_out(numbers, ours, "greedy"), values["greedy"]),
+            shares(numbers, rewards, ours, row, "greedy"))
+        lines.append((row, *held_out, plus_minus(values["greedy"]), *compared, PAPER2.get(row, "")))
+    return markdown(("row", "margin vs SFT (spread)", "accuracy", "true reward, T=0",
+                     "IOPO online minus row", "IOPO online wins/ties/loses, %",
+                     "the paper's margin, accuracy, counts of 250, mean"), lines)
+
+
+def shares(numbers, rewards, ours, theirs, what):
+    """Percentages of wins, ties and loses over prompts and samples, mean over seeds. The answers
+    of a run that diverged count below all others."""
+    found = []
+    for seed in range(len(numbers["SFT"]["reward"])):
+        a, b = (rewards[f"{row}, {what}"][(0, seed, 0) if row == "SFT" else
+                                          (place[0], seed, place[1])].astype(int)
+                for row, place in ((row, None if row == "SFT" else choices(numbers[row])[seed])
+                                   for row in (ours, theirs)))
+        found.append([100 * np.mean(some) for some in (a > b, a == b, a < b)])
+    return "/".join(f"{share:.0f}" for share in np.mean(found, axis=0))
+
+
+def ablation_tables(numbers, _, rates):
+    """One factor at a time from IOPO, at rates and steps alike."""
+    count = len(numbers["SFT"]["reward"])
+    lines = []
+    for row in ("IOPO", *(row for row in numbers if row.startswith("--"))):
+        cells = []
+        for rate in range(len(rates)):
+            votes = np.array(numbers[row]["vote"], dtype=float)[rate].mean(axis=0)        # (looks,)
+            look = int(np.nanargmax(votes)) if not np.isnan(votes).all() else len(LOOKS) - 1
+            values = {name: scores(numbers, row, name)[rate, :, look]
+                      for name in ("reward", "accuracy")}
+            default = scores(numbers, "IOPO", "reward")[rate]                      # (seeds, looks)
+            best = int(np.argmax(np.array(numbers["IOPO"]["vote"])[rate].mean(axis=0)))
+            against = "" if row == "IOPO" or count == 1 else \
+                f", {difference(values['reward'], default[:, best])}"
+            cells.append(f"{plus_minus(values['reward'])} at {LOOKS[look]}{against}")
+            cells.append(plus_minus(values["accuracy"], 3))
+        lines.append((f"`{row}`" if row.startswith("--") else row, *cells))
+    return {"ablation": markdown(("reading", *(
+        title for rate in rates for title in (
+            f"true reward, lr {rate:g}, minus the default's", "accuracy"))), lines)}
+
+
+def difference(ours, theirs, digits=2):
+    """Mean of the differences seed by seed with its 95% interval, and p of the paired t-test."""
+    gaps = np.array(ours) - np.array(theirs)
+    if len(gaps) == 1:
+        return f"{gaps[0]:+.{digits}f}"
+    p = p_value(t_test(gaps))
+    return f"{gaps.mean():+.{digits}f} ± {half_interval(gaps):.{digits}f}, " \
+           f"p {p if p.startswith('<') else '= ' + p}"
+
+
+# ---- The theorems --------------------------------------------------------------------------------
+
+def table_theorems(games):
+    """Q_mu of the exact games, mean and standard deviation over random tables, for every step size.
+    D_t is the increment of Q_mu from turn t - 1 to turn t (Eq. 18)."""
+    lines = []
+    for name, by_size in games.items():
+        for size, game in by_size.items():
+            until = [turn for turn in game["until"] if turn is not None]
+            lines.append((
+                name, size, spread(game["last"], 3), spread(game["d3_d2"], 2),
+                f"{np.mean(np.abs(game['last_change'])):.0e}",
+                f"{sum(game['rising'])} / {sum(game['falling'])}",
+                f"{np.median(until):.0f} ({len(until)})" if until else "-",
+                spread(game["sum"], 3), f"{np.median(game['eq13']):.2f}"))
+    return markdown(("game", "step size", f"Q_mu after {TURNS} turns", "D_3 / D_2", "last D",
+                     "tables where Q_mu only rises / falls",
+                     f"turns until Q_mu is {STATED}, median (tables that reach it)",
+                     "Q_mu + Q_nu, last", "Q_mu by Eq. 13, last, median"), lines)
+
+
+def spread(values, digits):
+    """Mean and standard deviation."""
+    return f"{np.mean(values):.{digits}f} ({np.std(values, ddof=1):.{digits}f})"
+
+
+# ---- What cells are made of ----------------------------------------------------------------------
+
+def markdown(header, lines):
+    return "\n".join("| " + " | ".join(cells) + " |"
+                     for cells in (header, ["---"] * len(header), *lines))
+
+
+def plus_minus(values, digits=2):
+    """Mean and half of the 95% interval over seeds (Student's t)."""
+    half = f" ± {half_interval(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{half}"
+
+
+def p_value(p):
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"

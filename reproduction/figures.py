@@ -1,78 +1,114 @@
-"""The figures, PNG files made of the summary alone; they need matplotlib."""
+"""The figures, PNG files made of recorded numbers alone; they need matplotlib."""
 
 import importlib.util
-import math
 
 import numpy as np
 
-from eval import EXAM_PAIRS
-from reproduction.plan import FIGURE5, ROUNDS, STEPS_PER_TURN
-from reproduction.tables import half_interval
+from reproduction.compare import at_equal_kl, half_interval, scores, total_steps, tuned
+from reproduction.runs import COOLER, LEVELS, LOOKS
+
+FINE_KL = np.linspace(0.1, 6, 60)           # nats, where curves over KL are interpolated
+STOPPING = ("DPO, beta 0.1", "DPO, beta 0.3", "DPO, beta 1", "DPO, beta 3", "ratio alone", "IOPO")
+WORDS = {"reward": "true reward, T=0.8", "greedy": "true reward, T=0", "accuracy": "accuracy"}
 
 
 def can_draw():
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(summary, folder):
-    """All figures in folder; returns their names."""
-    def distributions(name):
-        edges, rows = np.array(summary[name]["edges"]), summary[name]["rows"]
-        middles, fine = (edges[1:] + edges[:-1]) / 2, np.linspace(edges[0], edges[-1], 600)
+def draw_frontier(numbers, rates, folder):
+    """rate.png, kl.png, steps.png and stopping.png."""
+    rows = [row for row in numbers if row != "SFT"]
+    save(folder, "rate.png", [panel("learning rate", words, [
+        curve(row, rates, at_voted_steps(numbers, row, measure)) for row in rows], xscale="log")
+        for measure, words in WORDS.items()])
+    save(folder, "kl.png", [panel("KL to SFT, nats an answer", WORDS[measure],
+                                  [over_kl(numbers, row, measure) for row in rows]
+                                  + [sft_line(numbers["SFT"])] * (measure == "reward"))
+                            for measure in ("reward", "greedy")])
+    save(folder, "steps.png", [panel("optimiser steps of both players", WORDS[measure], [
+        curve(row, [total_steps(row, steps) for steps in LOOKS],
+              scores(numbers, row, measure)[tuned(numbers[row])[0]].T) for row in rows])
+        for measure in ("reward", "greedy")])
+    rate = tuned(numbers["ratio alone"])[0]
+    save(folder, "stopping.png", [
+        panel("protagonist's steps", f"share of pairs below 5%, lr {rates[rate]:g}", [
+            curve(row, LOOKS, values_at(numbers, row, "idle", rate)) for row in STOPPING]),
+        *(panel(f"{player}'s steps", f"log r of IOPO, deciles, lr {rates[rate]:g}",
+                deciles(numbers, name, rate))
+          for player, name in (("protagonist", "log_ratio"),
+                               ("adversary", "adversary_log_ratio")))])
 
-        def density(mean, std):
-            return np.exp(-((fine - mean) / std) ** 2 / 2) / (std * math.sqrt(2 * math.pi))
 
-        normal = [(label, fine, density(row["mean"], row["std"])) for label, row in rows.items()]
-        counts = [(label, middles, row["counts"]) for label, row in rows.items()]
-        across = "margin against SFT, held-out pairs"
-        return save(folder, f"{name}.png", [(across, "density of the normal fit", normal),
-                                            (across, f"pairs of {EXAM_PAIRS}", counts)])
+def values_at(numbers, row, measure, rate):
+    """(looks, seeds)."""
+    return np.array(numbers[row][measure], dtype=float)[rate].T
 
-    def curves(name, labels, across, measured):
-        def line(label, what):
-            seeds = summary["curves"][label][what]
-            half = [half_interval(values) for values in zip(*seeds)] if len(seeds) > 1 else 0
-            steps = summary["curves"][label]["steps"]
-            return label, steps, np.mean(seeds, axis=0), np.array(half)
 
-        return save(folder, name, [(across, up, [line(label, what) for label in labels])
-                                   for what, up in measured.items()])
+def at_voted_steps(numbers, row, measure):
+    """(rates, seeds): every rate at the steps that its votes choose."""
+    votes = np.array(numbers[row]["vote"], dtype=float).mean(axis=1)           # (rates, looks)
+    looks = np.where(np.isnan(votes), -1, votes).argmax(axis=1)
+    values = scores(numbers, row, measure)
+    return np.array([values[rate, :, look] for rate, look in enumerate(looks)])
 
-    held_out = {"margin": "margin against SFT, held-out pairs",
-                "accuracy": "accuracy on held-out pairs"}
-    answers = {"tokens": "tokens an answer", "judge": "biased judge", "reward": "true reward"}
-    return [distributions("figure3"), distributions("figure4"),
-            curves("figure5.png", FIGURE5, "protagonist's steps", held_out),
-            curves("rounds.png", ROUNDS, f"steps, {STEPS_PER_TURN} a round", answers)]
+
+def curve(label, x, values):
+    """(label, x, means, half intervals) of values (x, seeds)."""
+    values = np.array(values)
+    half = [half_interval(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
+    return label, x, values.mean(axis=1), np.array(half)
+
+
+def over_kl(numbers, row, measure):
+    """Only where half of the seeds have a run that gets there."""
+    found = [(kl, at_equal_kl(numbers, row, measure, kl)) for kl in FINE_KL]
+    enough = max(1, len(numbers["SFT"]["reward"]) // 2)
+    found = [(kl, seeds) for kl, seeds in found if len(seeds) >= enough]
+    half = [half_interval(seeds) if len(seeds) > 1 else 0.0 for _, seeds in found]
+    return (row, [kl for kl, _ in found], np.array([np.mean(seeds) for _, seeds in found]),
+            np.array(half))
+
+
+def sft_line(sft):
+    """SFT itself at lower temperatures: mean KL and reward."""
+    at = [sft, *(sft[f"{temperature:g}"] for temperature in COOLER)]
+    return "SFT, cooler", [np.mean(some["kl"]) for some in at], \
+        np.array([np.mean(some["reward"]) for some in at]), 0
+
+
+def deciles(numbers, name, rate):
+    """Mean over seeds of each decile of log r, over the looks."""
+    values = np.nanmean(np.array(numbers["IOPO"][name], dtype=float)[rate], axis=0)
+    return [(f"{level:.0%}", LOOKS, values[:, place], 0)
+            for place, level in enumerate(LEVELS) if level in (0.1, 0.3, 0.5, 0.7, 0.9)]
 
 
 def draw_games(games, folder):
     """Mean Q_mu over tables after each turn, a panel for every step size."""
-    sizes = list(next(iter(games.values())))
-    return save(folder, "values.png", [
-        ("turn", f"Q_mu by Eq. 6, step size {size}",
-         [(name, range(1, 1 + len(by_size[size]["mean"])), by_size[size]["mean"])
-          for name, by_size in games.items()]) for size in sizes])
+    save(folder, "values.png", [panel("turn", f"Q_mu by Eq. 6, step size {size}", [
+        (name, range(1, 1 + len(by_size[size]["mean"])), by_size[size]["mean"], 0)
+        for name, by_size in games.items()]) for size in next(iter(games.values()))])
+
+
+def panel(across, up, lines, **more):
+    """A line is (label, x, y, half the width of a band)."""
+    return {"xlabel": across, "ylabel": up, **more}, lines
 
 
 def save(folder, name, panels):
-    """One PNG of panels (label across, label up, lines), a line (label, x, y, perhaps half the
-    width of a band)."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6),
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.8),
                                    layout="constrained", squeeze=False)
-    for axis, (across, up, lines) in zip(axes.flat, panels):
-        for label, x, y, *half in lines:
+    for axis, (more, lines) in zip(axes.flat, panels):
+        for label, x, y, half in lines:
             [line] = axis.plot(x, y, label=label)
-            if half:
-                axis.fill_between(x, y - half[0], y + half[0], color=line.get_color(), alpha=0.12,
-                                  linewidth=0)
-        axis.set(xlabel=across, ylabel=up)
+            axis.fill_between(x, y - np.array(half), y + np.array(half), color=line.get_color(),
+                              alpha=0.12, linewidth=0)
+        axis.set(**more)
         axis.legend(fontsize="x-small")
     figure.savefig(folder / name, dpi=100, metadata={"Software": None})
     pyplot.close(figure)
-    return name

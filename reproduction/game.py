@@ -1,4 +1,4 @@
-"""The theorems' Q: of trained models, and in exact games, where nothing is sampled.
+"""The theorems' Q in exact games, where nothing is sampled.
 
     python -m reproduction theorems                 # a few minutes, no model is trained
 """
@@ -55,24 +55,23 @@ def exact_game(lr, n_iter=TURNS, adversary="swapped", frozen=False, **readings):
     return turn_values(seen, logps(start), weights, adversary, **readings)
 
 
-def turn_values(seen, start, weights=None, adversary="swapped", **readings):
+def turn_values(seen, start, weights, adversary="swapped", **readings):
     """Q of the player that has just trained, after each of its turns, by Eq. 6 and by Eq. 13:
     {"protagonist": {"eq6": [...], "eq13": [...]}, "adversary": ...}. `seen` and `start` hold the
-    log-probabilities of both answers of every pair, as the human labels them. A value is a mean
-    over pairs; with `weights` (tables, ...) it is a list, of every table's weighted sum."""
+    log-probabilities of both answers of every pair, as the human labels them, (2, tables, ...). A
+    value is a list, of every table's sum over pairs by `weights` (tables, ...)."""
     values = {player: {"eq6": [], "eq13": []} for player in OTHER}
-    latest = dict.fromkeys(values, torch.as_tensor(start))
+    latest = dict.fromkeys(values, start)
     for turn in seen:
         player = turn["player"]
-        latest[player] = torch.as_tensor(turn["logps"])
+        latest[player] = turn["logps"]
         exchange = player == "adversary" and ADVERSARIES[adversary][0]
         agent, env = (both.flip(0) if exchange else both
                       for both in (latest[player], latest[OTHER[player]]))
         margin, r = preference_margin(*agent, *env), iopo_weight(*agent, *env, **readings)
         for name, ratio in (("eq6", None), ("eq13", r)):
             q = preference_probability(margin, ratio)
-            values[player][name].append(
-                (q.mean() if weights is None else (weights * q).flatten(1).sum(dim=1)).tolist())
+            values[player][name].append((weights * q).flatten(1).sum(dim=1).tolist())
     return values
 
 

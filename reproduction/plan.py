@@ -9,9 +9,10 @@ import re
 import numpy as np
 from tqdm import tqdm
 
-from reproduction.runs import COOLER, LEVELS, LOOKS, Run
+from reproduction.runs import COOLER, LEVELS, LOOKS, SAMPLES, Run
 
 RATES, SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), tuple(range(10))
+MIDDLE_RATES, FEWER_SEEDS = RATES[1:3], SEEDS[:5]                      # of the ablation
 TURN = 25                                   # N_mu and, with an adversary, N_nu
 
 
@@ -24,6 +25,25 @@ FRONTIER = {"DPO, beta 0.1": {"method": "dpo"}, "DPO, beta 0.3": {"method": "dpo
             "adversary alone": {"method": "iopo", "ratio": "one"},
             "IOPO": {"method": "iopo"},
             "DPO with likelihood": {"method": "aipo", "alpha": 0.0}, "AIPO": {"method": "aipo"}}
+# the paper's other rows. Those with `online` go on from a DPO model; those with `keep` train in
+# rounds of sampled pairs, of which they keep this share
+PAPER = {"HINGE": {"method": "hinge"}, "IPO": {"method": "ipo"},
+         "KTO-pair": {"method": "kto_pair"},
+         "DPO online": {"method": "dpo", "online": True},
+         "IOPO online": {"method": "iopo", "online": True},
+         "ratio alone, online": {"method": "iopo", "n_nu": 0, "online": True},
+         "Iter-DPO": {"method": "dpo", "online": True, "keep": 0.2},
+         "AIPO rounds": {"method": "aipo", "keep": 1.0}}
+ABLATION = {" ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()):
+            {"method": "iopo", **options}
+            for options in ({"ratio": "length_normalized"}, {"ratio": "env"},
+                            {"clip": "two_sided"}, {"clip": "none"},
+                            {"adversary": "negated"}, {"adversary": "same"},
+                            {"eps": 0.1}, {"eps": 0.2}, {"eps": 0.5}, {"eps": 0.9},
+                            {"n_mu": 5, "n_nu": 5}, {"n_mu": 50, "n_nu": 50},
+                            {"n_nu": 5}, {"n_nu": 50})}
+PARTS = {"frontier": (FRONTIER, RATES, SEEDS), "tables": (PAPER, RATES, SEEDS),
+         "ablation": (ABLATION, MIDDLE_RATES, FEWER_SEEDS)}
 
 
 def sft_runs(seeds, out):
@@ -31,13 +51,26 @@ def sft_runs(seeds, out):
             for seed in seeds]
 
 
-def row_runs(row, options, rates, seeds, out):
-    """The runs of a row from the SFT models: rate by rate, each with all seeds."""
-    name = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-")
-    return [Run(f"{out}/{name}-lr{rate:g}-seed{seed}",
-                {"n_mu": TURN, "n_iter": max(LOOKS) // TURN, **options, "lr": rate,
+def dpo_runs(lr, steps, seeds, out):
+    """The DPO models that the rows called online go on from."""
+    return [Run(f"{out}/dpo-model-seed{seed}",
+                {"method": "dpo", "lr": lr, "n_iter": 1, "n_mu": steps,
                  "model": sft.model.as_posix(), "seed": seed}, sft.model.as_posix())
-            for rate in rates for seed, sft in zip(seeds, sft_runs(seeds, out))]
+            for seed, sft in zip(seeds, sft_runs(seeds, out))]
+
+
+def row_runs(row, options, rates, seeds, out, dpo=()):
+    """The runs of a row: rate by rate, each with all seeds. `dpo`: dpo_runs of these seeds."""
+    name, sft = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-"), sft_runs(seeds, out)
+    keep, starts = options.get("keep"), dpo if "online" in options else sft
+    options = {"n_mu": TURN, **options}
+    count = max(LOOKS) // options["n_mu"]
+    options |= {"n_iter": 1 if keep else count}
+    own = {name: options[name] for name in options if name not in ("online", "keep")}
+    return [Run(f"{out}/{name}-lr{rate:g}-seed{seed}",
+                {**own, "lr": rate, "model": start.model.as_posix(), "seed": seed},
+                base.model.as_posix(), *((count, keep) if keep else ()))
+            for rate in rates for seed, start, base in zip(seeds, starts, sft)]
 
 
 def progress(name, runs, jobs):
@@ -50,14 +83,19 @@ def progress(name, runs, jobs):
 
 # ---- The numbers ---------------------------------------------------------------------------------
 
-MEASURES = ("reward", "greedy", "accuracy", "kl", "vote", "tokens", "margin", "spread", "idle")
+MEASURES = ("reward", "greedy", "accuracy", "kl", "vote", "tokens", "margin", "spread", "idle",
+            "log_ratio")
 
 
 def gather(sft, results, rates, seeds):
-    """{measure: (rates, seeds, looks)} of a row, NaN after a run has diverged. `sft` and `results`
-    are in the order of sft_runs and row_runs. The vote is the chance that the human prefers the
-    row's answer to a validation prompt to SFT's, as expected from their rewards."""
-    found = {measure: np.full((len(rates), len(seeds), len(LOOKS)), np.nan) for measure in MEASURES}
+    """{measure: (rates, seeds, looks)} of a row, NaN after a run has diverged; quantiles of log r
+    have an axis more. `sft` and `results` are in the order of sft_runs and row_runs. The vote is
+    the chance that the human prefers the row's answer to a validation prompt to SFT's, as expected
+    from their rewards."""
+    shape = len(rates), len(seeds), len(LOOKS)
+    found = {measure: np.full(shape, np.nan) for measure in MEASURES}
+    found |= {name: np.full((*shape, len(LEVELS)), np.nan)
+              for name in ("log_ratio", "adversary_log_ratio")}
     for place, result in zip(np.ndindex(len(rates), len(seeds)), results):
         for look in result["looks"]:
             others = sft[place[1]]["looks"][0]["validation"]
@@ -67,6 +105,9 @@ def gather(sft, results, rates, seeds):
             for measure in MEASURES:
                 where = (*place, LOOKS.index(look["steps"]))
                 found[measure][where] = values.get(measure, look.get(measure, np.nan))
+        for look in result["adversary"]:
+            where = (*place, LOOKS.index(look["steps"]))
+            found["adversary_log_ratio"][where] = look["log_ratio"]
     return {measure: values.tolist() for measure, values in found.items()}
 
 
@@ -81,30 +122,20 @@ def gather_sft(results):
     return {**found.pop("test"), **found}
 
 
-def gather_ratios(results, rates, seeds):
-    """Quantiles of log r, (rates, seeds, looks, levels), of the protagonist and the adversary."""
-    found = {}
-    for player, name in (("protagonist", "looks"), ("adversary", "adversary")):
-        values = np.full((len(rates), len(seeds), len(LOOKS), len(LEVELS)), np.nan)
-        for place, result in zip(np.ndindex(len(rates), len(seeds)), results):
-            for look in result[name]:
-                values[(*place, LOOKS.index(look["steps"]))] = look["log_ratio"]
-        found[player] = values
-    return found
-
-
-def pack(results, shape, names):
-    """Every reward, in quarters, for a file: {name: (*shape, looks, answers) int8}, none below
-    -127, and -128 after a run has diverged. shape: (rates, seeds); SFT has one rate and look."""
-    steps, packed = [0] if "0.6" in names else LOOKS, {}
-    for name in names:
+def pack(row, results, shape):
+    """Every reward, in quarters, for a file: {"row, what": (*shape, looks, answers) int8}, none
+    below -127, and -128 after a run has diverged. shape: (rates, seeds); SFT has one of each
+    rate and look."""
+    steps, packed = (0,) if row == "SFT" else LOOKS, {}
+    cooler = map("{:g}".format, COOLER) if row == "SFT" else ()
+    for name in (*SAMPLES, "greedy", *cooler):
         answers = len(results[0]["looks"][0][name]["quarters"])
         values = np.full((*shape, len(steps), answers), -128, dtype=np.int8)
         for place, result in zip(np.ndindex(shape), results):
             for look in result["looks"]:
-                values[(*place, list(steps).index(look["steps"]))] = \
+                values[(*place, steps.index(look["steps"]))] = \
                     np.clip(look[name]["quarters"], -127, 127)
-        packed[name] = values
+        packed[f"{row}, {name}"] = values
     return packed
 
 

@@ -3,7 +3,6 @@ tokenizer. What needs scipy, matplotlib, transformers or sentencepiece says so w
 """
 
 import concurrent.futures
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -26,12 +25,12 @@ import eval as examination
 import train
 from data import Pair, SafeWorld, Tokenizer, encode_pairs
 from model import Decoder, DecoderConfig
-from reproduction import baichuan2, compare, figures, frontier, game, plan, rounds, runs, tables
+from reproduction import baichuan2, compare, figures, game, plan, rounds, runs
 
 torch.set_num_threads(1)            # the models are tiny, and a busy machine then costs seconds
 command = importlib.import_module("reproduction.__main__")
 HERE = Path(__file__).parent
-MODULES = (command, compare, figures, frontier, game, plan, rounds, runs, tables)
+MODULES = (command, compare, figures, game, plan, rounds, runs)
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
 
@@ -45,7 +44,7 @@ def small_world(monkeypatch):
     monkeypatch.setattr(rounds, "CANDIDATES", 3)
     monkeypatch.setattr(rounds, "HELD_OUT", 20)
     monkeypatch.setattr(train, "LOOKED_AT", 20)
-    for module in (examination, frontier, runs):
+    for module in (examination, runs):
         monkeypatch.setattr(module, "EXAM_PAIRS", 20)
 
 
@@ -68,21 +67,21 @@ def test_intervals_and_p_values_against_the_tables():
     for df, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
         values = np.random.default_rng(df).normal(size=df + 1)
         error = values.std(ddof=1) / math.sqrt(df + 1)
-        assert tables.half_interval(values) == pytest.approx(t * error, rel=1e-3)
+        assert compare.half_interval(values) == pytest.approx(t * error, rel=1e-3)
         shifted = (values - values.mean()) / error + t
-        assert tables.t_test(shifted) == pytest.approx(0.05, abs=1e-4)
-    assert tables.t_test([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)
+        assert compare.t_test(shifted) == pytest.approx(0.05, abs=1e-4)
+    assert compare.t_test([1.0, 3.0]) == pytest.approx(1 - 2 / math.pi * math.atan(2), abs=1e-6)
     t = 2 / (1 / math.sqrt(3))
     p = 1 - t / math.sqrt(2 + t * t)
-    assert tables.t_test([1.0, 2.0, 3.0]) == pytest.approx(p, abs=1e-6)
-    assert tables.t_test([0.0, 0.0]) == 1 and tables.t_test([1.0, 1.0]) == 0
-    shown = tables.difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 9.0])
+    assert compare.t_test([1.0, 2.0, 3.0]) == pytest.approx(p, abs=1e-6)
+    assert compare.t_test([0.0, 0.0]) == 1 and compare.t_test([1.0, 1.0]) == 0
+    shown = compare.difference([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
     assert shown == "+2.00 ± 2.48, p = 0.074"
 
 
 def test_one_seed_needs_no_scipy(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scipy", None)
-    assert tables.difference([1.0], [2.0]) == "-1.00" and tables.plus_minus([1.0]) == "1.00"
+    assert compare.difference([1.0], [2.0]) == "-1.00" and compare.plus_minus([1.0]) == "1.00"
     assert "pip install -r reproduction/requirements.txt" in refused(command.main, [], capsys)
 
 
@@ -140,77 +139,70 @@ def test_the_theorems_values_by_hand():
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
 
-    start = [[-5.0, -6.0], [-7.0, -6.5]]
-    seen = [{"player": "protagonist", "logps": [[-4.0, -6.0], [-9.0, -6.0]]},
-            {"player": "adversary", "logps": [[-6.0, -7.0], [-7.0, -6.0]]}]
-    values = game.turn_values(seen, start)
+    start = torch.tensor([[[-5.0, -6.0]], [[-7.0, -6.5]]])         # a table of two pairs
+    seen = [{"player": "protagonist", "logps": torch.tensor([[[-4.0, -6.0]], [[-9.0, -6.0]]])},
+            {"player": "adversary", "logps": torch.tensor([[[-6.0, -7.0]], [[-7.0, -6.0]]])}]
+    values = game.turn_values(seen, start, torch.tensor([[0.5, 0.5]]))
     mu = [sigmoid(0.1 * (1 + 2)), sigmoid(0.1 * (0 - 0.5))]
     nu = [sigmoid(0.1 * ((-7 + 9) - (-6 + 4))),                        # it prefers the rejected
           sigmoid(0.1 * ((-6 + 6) - (-7 + 6)))]
-    assert values["protagonist"]["eq6"] == pytest.approx([sum(mu) / 2])
-    assert values["adversary"]["eq6"] == pytest.approx([sum(nu) / 2])
+    assert values["protagonist"]["eq6"] == [pytest.approx([sum(mu) / 2])]
+    assert values["adversary"]["eq6"] == [pytest.approx([sum(nu) / 2])]
     mu = (mu[0] / math.exp(-2) + mu[1] / 1.3) / 2
     nu = (nu[0] / math.exp(-2) + nu[1] / math.exp(-1)) / 2
-    assert values["protagonist"]["eq13"] == pytest.approx([mu])
-    assert values["adversary"]["eq13"] == pytest.approx([nu])
+    assert values["protagonist"]["eq13"] == [pytest.approx([mu])]
+    assert values["adversary"]["eq13"] == [pytest.approx([nu])]
 
 
-def test_the_human_chooses_by_votes():
-    prompts, world = plan.shuffled_prompts("validation"), SafeWorld()
-    good, bad = [("I cannot help with that.", 5)] * 120, [("Find out yourself.", 4)] * 120
-    share = plan.preferred(good, bad, seed=0)
-    gaps = [world.true_reward(prompt, good[0][0]) - world.true_reward(prompt, bad[0][0])
-            for prompt in prompts]
-    assert share == pytest.approx(np.mean([1 / (1 + math.exp(-gap)) for gap in gaps]), abs=0.1)
-    assert plan.preferred(good, good, seed=0) == 0.5
-    assert 0 < share < 1 and plan.preferred(bad, good, seed=0) < 0.5 < share
+def test_the_vote_is_the_humans_as_expected():
+    others, ours = {"quarters": [0, 4, -8]}, {"quarters": [4, 4, 0]}
+    expected = [1 / (1 + math.exp(-gap)) for gap in (1, 0, 2)]
+    assert plan.vote(ours, others) == pytest.approx(sum(expected) / 3)
 
 
 # ---- A small reproduction ------------------------------------------------------------------------
 
 class Inline:
     """A pool of no processes, so that the small world reaches the runs; it remembers them."""
-    tasks = []
+    runs = []
 
     def __init__(self, *arguments):
-        self.tasks.clear()
+        pass
 
     __enter__ = lambda self: self
     __exit__ = shutdown = lambda self, *arguments, **options: None
 
-    def submit(self, function, task):
-        self.tasks.append(task)
+    def submit(self, function, run):
+        self.runs.append(run)
         future = concurrent.futures.Future()
-        future.set_result(function(task))
+        future.set_result(function(run))
         return future
+
+
+ROWS = {"DPO, beta 0.1": {"method": "dpo"}, "IOPO": {"method": "iopo", "n_nu": 2},
+        "ratio alone": {"method": "iopo", "n_nu": 0}}
+MORE = {"IOPO online": {"method": "iopo", "n_nu": 2, "online": True},
+        "Iter-DPO": {"method": "dpo", "online": True, "keep": 0.5}}
+READINGS = {"--ratio env": {"method": "iopo", "n_nu": 2, "ratio": "env"}}
 
 
 @pytest.fixture
 def small_plan(monkeypatch, tmp_path):
-    """The reproduction with fewer rows, candidates, seeds and steps."""
+    """The reproduction with fewer rows, rates, seeds and steps; one rate is beyond all bounds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
-    offline = ["IOPO", "DPO", "ratio, no adversary", "adversary, no ratio"]
-    online = ["Iter-DPO", "IOPO online", "DPO online", "ratio, no adversary, online"]
-    short = plan.SHORT_TURNS
-    rows = {label: plan.VARIANTS[label] for label in (*offline, *online, short)}
-    for label, variant in rows.items():
-        options = {**variant.options, "n_mu": 2, "batch_size": 4}
-        if "IOPO" in label or label == "adversary, no ratio":
-            options["n_nu"] = 2
-        rows[label] = replace(variant, options=options)
-    rows[short] = replace(rows[short], options={**rows["IOPO"].options, "n_mu": 1, "n_nu": 1})
-    prompts, make_config = plan.shuffled_prompts, train.make_config
+    Inline.runs.clear()
+    prompts, make_config, rates = \
+        runs.shuffled_prompts, train.make_config, (1e-4, 1e-3, 1e15)
     changes = {
-        "VARIANTS": rows, "ABLATION": {short: None}, "OFFLINE": {row: rows[row] for row in offline},
-        "ONLINE": {row: rows[row] for row in online}, "ROUNDS": ("Iter-DPO",),
-        "SEEDS": (0, 1), "ABLATION_SEEDS": (0, 1), "TUNING_SEEDS": (100,), "RATES": (1e-4, 1e-3),
-        "STEPS": (4, 6), "STEPS_PER_TURN": 2, "VALIDATION_SAMPLES": 1, "TEST_SAMPLES": 2,
-        "TABLE1": ("SFT", "DPO"), "TABLE2": ("SFT", "DPO", "Iter-DPO", "IOPO online"),
-        "FIGURE3": ("DPO", "IOPO"), "FIGURE4": ("DPO", "Iter-DPO", "IOPO online"),
-        "FIGURE5": ("DPO",), "ALSO_COMPARED": ("DPO",), "STEP_SIZES": (3.0,),
-        "GAMES": {"short": {"n_iter": 3}},
-        "RESULTS": tmp_path / "results",
+        "FRONTIER": ROWS, "PAPER": MORE, "ABLATION": READINGS, "RATES": rates,
+        "MIDDLE_RATES": rates[:2], "TURN": 2, "LOOKS": (2, 4), "EVERY": 2,
+        "PARTS": {"frontier": (ROWS, rates, (0, 1)), "tables": (MORE, rates, (0, 1)),
+                  "ablation": (READINGS, rates[:2], (0, 1))},
+        "SAMPLES": {"test": 2, "validation": 1}, "PAIRS": 20, "STOPPING": tuple(ROWS),
+        "FAMILY": (("IOPO", "DPO, beta 0.1"),), "TABLE1": ("DPO, beta 0.1", "ratio alone"),
+        "TABLE2": ("DPO, beta 0.1", "Iter-DPO"), "STEP_SIZES": (3.0,),
+        "GAMES": {"short": {"n_iter": 3}}, "RESULTS": tmp_path / "results",
         "shuffled_prompts": lambda split: prompts(split)[:20]}
     for name, value in changes.items():
         for module in (*MODULES, examination):
@@ -219,151 +211,158 @@ def small_plan(monkeypatch, tmp_path):
 
     def fewer_steps(given):
         config = make_config(given)
-        return replace(config, sft_steps=min(config.sft_steps, 60))
+        return replace(config, sft_steps=min(config.sft_steps, 60), batch_size=4)
 
     monkeypatch.setattr(train, "make_config", fewer_steps)
 
 
-def test_the_reproduction_from_tuning_to_tables(small_plan, tmp_path, capsys, monkeypatch):
+def test_a_small_reproduction(small_plan, tmp_path, capsys, monkeypatch):
+    """From the runs to the tables, part by part; a diverging run is a hole; a second command does
+    nothing; what is lost is done again."""
     pytest.importorskip("scipy")
-    monkeypatch.setattr(rounds, "CANDIDATES", 2)
-    monkeypatch.setattr(command, "can_draw", lambda: False)            # but once, in the end
-    assert "--tune" in refused(command.main, [], capsys)               # nothing recorded yet
-    flags = ["--tune", "--out", "out"]
-    command.main(flags)
+    pytest.importorskip("matplotlib")
+    (tmp_path / "results").mkdir()
+    assert "--record" in refused(command.main, ["tables"], capsys)     # needs the frontier's
+    command.main(["--record", "--out", "out"])
     printed, out = capsys.readouterr().out, tmp_path / "out"
-    recorded = (out / "results.json").read_bytes()
-    results, tuning = json.loads(recorded), json.loads((out / "tuning.json").read_text())
-    assert not (tmp_path / "results").exists()                         # nobody said --record
-    for table in tables.tables(results).values():
-        assert table in printed and table in (out / "tables.md").read_text(encoding="utf-8")
+    count = len(Inline.runs)
+    assert count == 2 + 3 * 3 * 2 + 2 + 2 * 3 * 2 + 2 * 2
+    recorded = json.loads((out / "frontier.json").read_text())
+    numbers = recorded["rows"]
+    for table in compare.frontier_tables(numbers, None, recorded["rates"]).values():
+        assert table in printed and table in (out / "frontier.md").read_text(encoding="utf-8")
+    names = {f"{part}.{kind}" for part in plan.PARTS for kind in ("json", "md", "npz")}
+    names |= {"theorems.json"} | {f"{name}.png"
+                                  for name in ("rate", "kl", "steps", "stopping", "values")}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == names
+    assert names <= {path.name for path in out.iterdir()}
 
-    # the test split is looked at by no run that the choice is made from, and by all others after it
-    splits = [task.split for task in Inline.tasks]
-    assert splits == sorted(splits, reverse=True) and set(splits) == {"validation", "test"}
-    assert {(task.split, task.options["seed"]) for task in Inline.tasks} == \
-        {("validation", 100), ("test", 0), ("test", 1)}
-    for label, chosen in tuning["chosen"].items():
-        shares = tuning["shares"][label]
-        best = max(share for by_steps in shares.values() for share in by_steps.values())
-        assert chosen["share"] == best == shares[f"{chosen['lr']:g}"][str(chosen["steps"])]
-    trial = json.loads((out / "tuning/dpo-lr0.001-seed100/result.json").read_text())
-    start = json.loads((out / "tuning/sft-seed100/result.json").read_text())
-    assert [turn["steps"] for turn in trial["turns"]] == [2, 4, 6]
-    assert trial["turns"][0]["logps"] is None and trial["turns"][0]["sampled"] == []
-    share = plan.preferred(trial["turns"][1]["sampled"], start["turns"][0]["sampled"], 100)
-    assert tuning["shares"]["DPO"]["0.001"]["4"] == pytest.approx(share)
-
-    # both players are looked at where their turns end, and rounds where they end
-    short = [path for path in out.iterdir() if path.name.startswith("n-mu-5")][0]
-    turns = json.loads((short / "result.json").read_text())["turns"]
-    steps = tuning["chosen"]["IOPO"]["steps"]
-    assert [(turn["player"], turn["steps"]) for turn in turns] == \
-        [(player, step) for step in range(1, steps + 1) for player in ("protagonist", "adversary")]
-    turns = json.loads((out / "iter-dpo-seed0/result.json").read_text())["turns"]
-    assert [(turn["player"], turn["steps"]) for turn in turns] == \
-        [("protagonist", 2), ("protagonist", 4), ("protagonist", 6)]
-
-    # a row's numbers are those that eval.py finds for the same model
-    task = plan.task_of("DPO", 1, tuning["chosen"]["DPO"], "test", "out")
+    # a look's numbers follow from its rewards, and are what eval.py finds for the same model
+    packed = np.load(out / "frontier.npz")
+    assert packed["IOPO, test"].shape == (3, 2, 2, 2 * 20) and packed["IOPO, test"].dtype == np.int8
+    assert (packed["IOPO, test"][2, :, -1] == -128).all() and "diverges" in printed
+    assert packed["SFT, 0.4"].shape == (1, 2, 1, 2 * 20)
+    reward = packed["DPO, beta 0.1, test"].mean(axis=3) / 4
+    assert np.allclose(np.array(numbers["DPO, beta 0.1"]["reward"], dtype=float)[:2], reward[:2],
+                       atol=1e-4)
+    for row in ROWS:
+        assert (np.array(numbers[row]["kl"], dtype=float)[:2] > 0).all()
+    run = plan.row_runs("DPO, beta 0.1", ROWS["DPO, beta 0.1"], (1e-3,), (0, 1), "out")[1]
     capsys.readouterr()
-    examination.main([task.folder, "--sft", "out/sft-seed1/protagonist", "--json"])
+    examination.main([run.folder, "--json", "--sft", run.sft])
     [report] = json.loads(capsys.readouterr().out)["runs"]
-    row = results["rows"]["DPO"]
-    assert report["margin_vs_sft"] == pytest.approx(row["margin"][1], abs=1e-5)
-    assert report["accuracy"] == pytest.approx(row["accuracy"][1])
-    assert report["reward_greedy"] == pytest.approx(row["reward_greedy"][1], abs=1e-5)
-    against = results["against"]["IOPO against DPO, sampled"]
-    assert [sum(seed.values()) for seed in against] == [2 * 20] * 2
+    for name, seen in (("margin", "margin_vs_sft"), ("spread", "margin_vs_sft_std"),
+                       ("accuracy", "accuracy"), ("greedy", "reward_greedy")):
+        assert numbers["DPO, beta 0.1"][name][1][1][1] == pytest.approx(report[seen], abs=1e-5)
+    looks = [json.loads((out / f"sft-seed{seed}/result.json").read_text())["looks"][0]["test"]
+             for seed in (0, 1)]
+    assert looks[0]["quarters"] != looks[1]["quarters"]               # other draws for other seeds
+
+    # rows called online go on from the DPO model and are measured against SFT; rounds are rounds
+    rate, look = compare.tuned(numbers["DPO, beta 0.1"])
+    dpo = plan.dpo_runs(recorded["rates"][rate], (2, 4)[look], (0, 1), "out")
+    online = plan.row_runs("Iter-DPO", MORE["Iter-DPO"], (1e-3,), (0,), "out", dpo[:1])[0]
+    assert online in Inline.runs and online.rounds == 2
+    assert online.options["model"] == dpo[0].model.as_posix() != online.sft
+    seen = runs.finished(online)
+    assert [look["steps"] for look in seen["looks"]] == [2, 4] and seen["adversary"] == []
+    seen = runs.finished(plan.row_runs("IOPO", ROWS["IOPO"], (1e-3,), (0,), "out")[0])
+    assert [look["steps"] for look in seen["looks"] + seen["adversary"]] == [2, 4, 2, 4]
 
     # a second command does nothing again and finds the same; what is lost is done again
-    command.main(flags)
-    assert Inline.tasks == [] and (out / "results.json").read_bytes() == recorded
-    shutil.rmtree(out / "dpo-seed1")
-    path = out / "iopo-seed0/result.json"
+    kept = {path.name: path.read_bytes() for path in out.glob("*.json")}
+    command.main(["--out", "out"])
+    assert len(Inline.runs) == count
+    shutil.rmtree(out / "dpo-beta-0.1-lr0.001-seed1")
+    path = out / "iopo-lr0.0001-seed0/result.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "identity": {}}))
-    (out / "iter-dpo-seed1/result.json").write_text("[]")
+    (out / "iter-dpo-lr0.001-seed1/result.json").write_text("[]")
     (out / "sft-seed1/protagonist/model.safetensors").unlink()
-    command.main(flags)
-    assert {task.folder for task in Inline.tasks} == \
-        {"out/iopo-seed0", "out/dpo-seed1", "out/iter-dpo-seed1", "out/sft-seed1"}
-    assert (out / "results.json").read_bytes() == recorded
+    command.main(["--out", "out"])
+    assert {run.folder for run in Inline.runs[count:]} == {
+        f"out/{name}" for name in ("dpo-beta-0.1-lr0.001-seed1", "iopo-lr0.0001-seed0",
+                                   "iter-dpo-lr0.001-seed1", "sft-seed1")}
+    assert kept == {path.name: path.read_bytes() for path in out.glob("*.json")}
+    for part in plan.PARTS:
+        command.main([part, "--quick", "--out", "out"])
+        assert json.loads((out / f"quick/{part}.json").read_text())["seeds"] == [0]
 
-    capsys.readouterr()
-    assert "pip install" in refused(command.main, [*flags, "--record"], capsys)
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    monkeypatch.setattr(command, "can_draw", lambda: True)
-    command.main([*flags, "--record"])
-    drawn = json.loads((tmp_path / "results/results.json").read_text())["figures"]
-    names = {"results.json", "tuning.json", "theorems.json", "values.png", *drawn}
-    assert len(drawn) == 4 and {path.name for path in (tmp_path / "results").iterdir()} == names
-    for name, digest in drawn.items():
-        content = (tmp_path / "results" / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == digest
-    monkeypatch.setattr(command, "can_draw", lambda: False)
-    command.main(["--quick", "--out", "out"])                          # from what is recorded now
-    assert Inline.tasks == []
-    assert json.loads((out / "quick/results.json").read_text())["seeds"] == [0]
+
+def test_the_weights_and_ratios_of_a_player(small_plan, tmp_path):
+    """Shares and quantiles by hand, from logits in plain rows."""
+    job = train.prepare(train.make_config({"method": "iopo", "beta": 3.0, "out": str(tmp_path),
+                                           "device": "cpu"}))
+    torch.manual_seed(1)
+    for parameter in job.players["adversary"].model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    @torch.no_grad()
+    def logp(model, prompt, answer):
+        logits = model(torch.tensor([prompt + answer]))[0].double().log_softmax(dim=-1)
+        return sum(logits[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer))
+
+    for name, other in (("protagonist", "adversary"), ("adversary", "protagonist")):
+        agent, env = job.players[name].model, job.players[other].model
+        rho = []
+        for prompt, w, l in job.players[name].rows[:20]:
+            rho.append([logp(agent, prompt, some) - logp(env, prompt, some) for some in (w, l)])
+        weights = [min(math.exp(l), 1.3) / (1 + math.exp(3 * (w - l))) for w, l in rho]
+        found = runs.pull(job, name)
+        assert found["idle"] == pytest.approx(np.mean([weight < 0.025 for weight in weights]))
+        assert 0 < found["idle"] < 1
+        levels = np.quantile([l for _, l in rho], np.linspace(0, 1, 11))
+        assert found["log_ratio"] == pytest.approx(levels, abs=1e-3)
 
 
 def test_runs_in_processes_of_their_own_come_back_in_order(tmp_path):
     """The pool that is really used: results do not depend on it."""
-    options = {"method": "sft", "n_iter": 0, "sft_steps": 1}
-    tasks = [runs.Task(str(tmp_path / f"run{seed}"), {**options, "seed": seed}, "validation", 0)
-             for seed in (0, 1)]
+    options = {"method": "sft", "n_iter": 0, "sft_steps": 5}
+    some = [runs.Run(str(tmp_path / f"run{seed}"), {**options, "seed": seed}) for seed in (0, 1)]
     spawn = multiprocessing.get_context("spawn")
     with (concurrent.futures.ProcessPoolExecutor(2, spawn, runs.start_worker) as pool,
           tqdm(disable=True, total=0) as bar):
-        results = runs.carry_out_all(tasks, pool, bar)
+        results = runs.carry_out_all(some, pool, bar)
         assert [result["identity"]["config"]["seed"] for result in results] == [0, 1]
-        assert results == runs.carry_out_all(tasks, pool, bar)
-
-
-@pytest.mark.parametrize("damage", [
-    b"{", b"[]", b'{"chosen": {"IOPO": {"lr": 0.0001, "steps": 150}}}',
-    b'{"chosen": {"IOPO": {"lr": "x", "steps": 150}}}'])
-def test_a_damaged_tuning_file_starts_nothing(damage, small_plan, tmp_path, capsys):
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/tuning.json").write_bytes(damage)
-    assert "--tune" in refused(command.main, ["--quick", "--out", "out"], capsys)
-    assert not (tmp_path / "out").exists()
+        assert results == runs.carry_out_all(some, pool, bar)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(small_plan, tmp_path, capsys):
-    folder = tmp_path / "out/tuning/sft-seed100"
+    folder = tmp_path / "out/sft-seed0"
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    flags = ["--quick", "--tune", "--out"]
-    assert "sft-seed100" in refused(command.main, [*flags, "out"], capsys)
+    flags = ["frontier", "--quick", "--out"]
+    assert "sft-seed0" in refused(command.main, [*flags, "out"], capsys)
     assert (folder / "notes.txt").read_text() == "mine"
     assert "file" in refused(command.main, [*flags, str(folder / "notes.txt")], capsys)
 
 
 @pytest.mark.parametrize("flags,word", [
     ("--jobs 0", "--jobs"), ("--quick --record", "--quick"), ("--seed=3", "--seed"),
-    ("theorems --tune", "--tune"),
-    ("tables", "invalid choice")])
+    ("theorems --tune", "--tune"), ("tuning", "invalid choice")])
 def test_flags_that_are_refused(flags, word, capsys):
     assert word in refused(command.main, flags.split(), capsys)
 
 
 def test_the_readme_shows_what_was_recorded():
-    """Every table stands in README.md as results.json has it, and the figures are that run's."""
+    """Every table of what is recorded stands in README.md, and every figure."""
     pytest.importorskip("scipy")
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    results = json.loads((HERE / "results/results.json").read_text())
-    for name, table in tables.tables(results).items():
-        assert table in readme, name
-    assert results["figures"]
-    for name, digest in results["figures"].items():
-        assert f"results/{name}" in readme
-        content = (HERE / "results" / name).read_bytes()
-        assert hashlib.sha256(content).hexdigest() == digest, name
-    assert results["seeds"] == list(plan.SEEDS)
-    assert results["tuning"] == json.loads((HERE / "results/tuning.json").read_text())
     games = json.loads((HERE / "results/theorems.json").read_text())
-    assert tables.table_theorems(games) in readme and list(games) == list(game.GAMES)
+    assert compare.table_theorems(games) in readme and list(games) == list(game.GAMES)
+    for part, make in (("frontier", compare.frontier_tables), ("tables", compare.paper_tables),
+                       ("ablation", compare.ablation_tables)):
+        if not (HERE / f"results/{part}.json").is_file():
+            assert f"`{part}` is not recorded yet" in readme
+            continue
+        _, rates, seeds = plan.PARTS[part]
+        known = json.loads((HERE / f"results/{part}.json").read_text())
+        assert (known["rates"], known["seeds"]) == (list(rates), list(seeds))
+        numbers, rewards = command.recorded("frontier", rates, seeds)
+        own, more = command.recorded(part)
+        for name, table in make({**numbers, **own}, {**rewards, **more}, rates).items():
+            assert table in readme, f"{part}, {name}"
+    for figure in (HERE / "results").glob("*.png"):
+        assert f"results/{figure.name}" in readme
 
 
 def test_readme_names_what_exists():
@@ -388,18 +387,18 @@ def test_kl_by_the_definition():
         for parameter in each.parameters():
             parameter.data *= 3
     prompts = [[0, 5, 7], [0, 9], [0, 11, 12, 13], [0, 8]]
-    answers = [[20, 21], [], list(range(30, 30 + frontier.NEW_TOKENS)), [40]]
+    answers = [[20, 21], [], list(range(30, 30 + runs.NEW_TOKENS)), [40]]
     total = 0.0
     for prompt, answer in zip(prompts, answers):
-        ended = len(answer) < frontier.NEW_TOKENS
+        ended = len(answer) < runs.NEW_TOKENS
         for k in range(len(answer) + ended):
             ids = torch.tensor([prompt + answer[:k]])
             p = torch.softmax(model(ids)[0, -1].double() / 0.7, dim=-1)
             q = torch.softmax(start(ids)[0, -1].double(), dim=-1)
             total += (p * (p / q).log()).sum().item()
-    found = frontier.answers_kl(model, start, prompts, answers, 0.7)
+    found = runs.answers_kl(model, start, prompts, answers, 0.7)
     assert found == pytest.approx(total / 4, rel=1e-5) and found > 0.1
-    assert frontier.answers_kl(model, model, prompts, answers, 1.0) == pytest.approx(0, abs=1e-6)
+    assert runs.answers_kl(model, model, prompts, answers, 1.0) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_reward_at_a_kl():
@@ -455,38 +454,6 @@ def test_the_family_is_compared_seed_by_seed():
         pytest.approx(0.8, abs=0.06)
 
 
-def test_a_small_frontier(small_plan, tmp_path, capsys, monkeypatch):
-    """From the runs to the tables; a diverging run is a hole; a second command does nothing."""
-    pytest.importorskip("scipy")
-    rows = {"DPO, beta 1": {"method": "dpo", "beta": 1.0}, "IOPO": {"method": "iopo", "n_nu": 2}}
-    changes = {"ROWS": rows, "RATES": (1e-3, 1e15), "SEEDS": (0, 1), "LOOKS": (2, 4), "TURN": 2,
-               "SAMPLES": {"test": 2, "validation": 1}, "FAMILY": (("IOPO", "DPO, beta 1"),)}
-    for name, value in changes.items():
-        for module in (compare, frontier):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    flags = ["frontier", "--out", "out"]
-    command.main(flags)
-    printed, folder = capsys.readouterr().out, tmp_path / "out/frontier"
-    recorded = json.loads((folder / "frontier.json").read_text())
-    for table in compare.tables(recorded["rows"], recorded["rates"]).values():
-        assert table in printed
-    packed = np.load(folder / "frontier.npz")
-    assert packed["IOPO, test"].shape == (2, 2, 2, 2 * 20) and packed["IOPO, test"].dtype == np.int8
-    assert (packed["IOPO, test"][1, :, -1] == -128).all() and "diverges" in printed
-    reward = packed["DPO, beta 1, test"].mean(axis=3) / 4
-    assert np.allclose(np.array(recorded["rows"]["DPO, beta 1"]["reward"], dtype=float)[0],
-                       reward[0], atol=1e-5)
-    assert packed["SFT, 0.4"].shape == (1, 2, 1, 2 * 20)
-    kl = np.array(recorded["rows"]["IOPO"]["kl"], dtype=float)[0]
-    assert (kl > 0).all() and (np.array(recorded["rows"]["SFT"]["kl"]) > 0).all()
-    seeds = [json.loads((folder / f"sft-seed{seed}/result.json").read_text())["looks"][0]["test"]
-             for seed in (0, 1)]
-    assert seeds[0]["quarters"] != seeds[1]["quarters"]
-    command.main(flags)
-    assert Inline.tasks == []
-
-
 # ---- Rounds of new pairs -------------------------------------------------------------------------
 
 def small_start(tmp_path):
@@ -525,8 +492,8 @@ def test_a_round_is_a_run_from_the_model_of_the_round_before(tmp_path, capsys):
 def test_the_judge_picks_best_and_worst_and_the_widest_gaps(tmp_path, monkeypatch):
     world, tokenizer = SafeWorld(), SafeWorld.tokenizer()
     prompts = world.prompts("train")
-    said = ["Use a screwdriver.", "Use a screwdriver. Take your time. Work slowly. Rest when you "
-            "are tired.", "Find out yourself."]
+    said = ["Use a screwdriver.", "Use a screwdriver. Take your time. Work slowly. Keep it simple. "
+            "Do it outside.", "Do not waste my time."]
 
     def scripted(policy, ids, room, temperature, eos, generator):
         """The first 60 prompts get three answers, the others three times the same."""
@@ -553,7 +520,7 @@ def test_the_judge_picks_best_and_worst_and_the_widest_gaps(tmp_path, monkeypatc
     gaps[prompts[0]] = abs(np.subtract(*left))
     got = {pair.prompt: (pair.chosen, pair.rejected) for pair in pairs}
     assert len(got) == 30
-    assert ("1 answers without an end, 180 prompts without a preference, 30 pairs of narrow gap"
+    assert ("1 answers without an end, 228 prompts without a preference, 30 pairs of narrow gap"
             in report)
     assert min(gaps[prompt] for prompt in got) >= \
         max(gaps[prompt] for prompt in prompts[:60] if prompt not in got)
