@@ -76,15 +76,13 @@ def at_kl(kl, reward, start, value):
 
 
 def at_equal_kl(numbers, row, measure, value):
-    """One number per seed that has a run which reaches this KL: the mean over its rates."""
+    """One number per seed whose run reaches this KL, at the rate that the others' votes choose."""
     start, found = numbers["SFT"], []
     kl, values = (np.array(numbers[row][name], dtype=float) for name in ("kl", measure))
-    for seed, begin in enumerate(zip(start["kl"], start[measure])):
-        runs = [at_kl(kl[rate, seed], values[rate, seed], begin, value)
-                for rate in range(len(kl))]
-        runs = [reached for reached in runs if reached is not None]
-        found += [float(np.mean(runs))] if runs else []
-    return found
+    for seed, (rate, _) in enumerate(choices(numbers[row])):
+        begin = start["kl"][seed], start[measure][seed]
+        found.append(at_kl(kl[rate, seed], values[rate, seed], begin, value))
+    return [reached for reached in found if reached is not None]
 
 
 # ---- Comparisons ---------------------------------------------------------------------------------
@@ -192,7 +190,7 @@ def table_kl(numbers, rows, measure, digits):
         found = [at_equal_kl(numbers, row, measure, value) for value in KL_VALUES]
         lines.append((row, *(f"{plus_minus(seeds, digits)} ({len(seeds)})" if seeds else "-"
                              for seeds in found)))
-    return markdown((f"{measure} where KL to SFT is (seeds that reach it)",
+    return markdown((f"{measure} where KL to SFT is so many nats (seeds that reach it)",
                      *(f"{value:g}" for value in KL_VALUES)), lines)
 
 
