@@ -64,10 +64,10 @@ def run_part(part, options, pool):
         rates, seeds = plan.MIDDLE_RATES[1:], seeds[:1]
     out, numbers, rewards, dpo = Path(options.out).as_posix(), {}, {}, []
     if part != "frontier":                             # its rows are the others' company
-        numbers, rewards = recorded("frontier", rates, seeds)
+        numbers, rewards = recorded("frontier", options, rates, seeds)
     sft = plan.sft_runs(seeds, out)
     if part == "tables":
-        rate, look = compare.tuned(recorded("frontier")[0]["DPO, beta 0.1"])
+        rate, look = compare.tuned(recorded("frontier", options)[0]["DPO, beta 0.1"])
         dpo = plan.dpo_runs(plan.RATES[rate], LOOKS[look], seeds, out)
     runs = {row: plan.row_runs(row, own, rates, seeds, out, dpo) for row, own in rows.items()}
     everything = [run for some in runs.values() for run in some]
@@ -76,8 +76,12 @@ def run_part(part, options, pool):
         carry_out_all(dpo, pool, bar)
         found = iter(carry_out_all(everything, pool, bar))
     results = {row: [next(found) for _ in some] for row, some in runs.items()}
-    own = {"SFT": plan.gather_sft(first)}
-    own |= rounded({row: plan.gather(first, some, rates, seeds) for row, some in results.items()})
+    own = rounded({"SFT": plan.gather_sft(first),
+                   **{row: plan.gather(first, some, rows[row], rates, seeds)
+                      for row, some in results.items()}})
+    if numbers and numbers["SFT"] != own["SFT"]:
+        raise ValueError("the frontier's SFT models are not those trained here, by another machine "
+                         "perhaps; run python -m reproduction frontier with this --out first")
     packed = plan.pack("SFT", first, (1, len(seeds)))
     for row, some in results.items():
         packed |= plan.pack(row, some, (len(rates), len(seeds)))
@@ -111,12 +115,13 @@ def folders(options):
     return (out, RESULTS) if options.record else (out,)
 
 
-def recorded(part, rates=None, seeds=None):
-    """(numbers, rewards) of a recorded part, of these rates and seeds alone."""
-    path = RESULTS / f"{part}.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: is not there; record it by python -m reproduction {part} "
-                         "--record")
+def recorded(part, options, rates=None, seeds=None):
+    """(numbers, rewards) of a part, of these rates and seeds alone: of --out, else as recorded."""
+    quick = [Path(options.out, "quick")] * options.quick
+    paths = [folder / f"{part}.json" for folder in (*quick, Path(options.out), RESULTS)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise ValueError(f"{paths[0]} is not there; run python -m reproduction {part} first")
     known = json.loads(path.read_text())
     which = [known["rates"].index(rate) for rate in rates or known["rates"]]
     whose = [known["seeds"].index(seed) for seed in seeds or known["seeds"]]

@@ -6,10 +6,10 @@ import math
 import numpy as np
 
 from reproduction.game import STATED, TURNS
-from reproduction.plan import FRONTIER, TURN
-from reproduction.runs import COOLER, LOOKS, TEMPERATURE
+from reproduction.plan import FRONTIER, MIDDLE_RATES, TURN
+from reproduction.runs import COOLER, LOOKS, SAMPLES, TEMPERATURE
 
-KL_VALUES = (0.25, 0.5, 1.0, 2.0, 4.0)      # nats an answer
+KL_VALUES = (0.25, 0.5, 1.0, 2.0)           # nats an answer
 RESAMPLES = 500
 # Named before the runs: true reward at T=0.8. Holm is applied to these; all else is exploratory.
 FAMILY = (("IOPO", "DPO, beta 0.1"), ("IOPO", "DPO, beta 1"), ("IOPO", "ratio alone"),
@@ -19,11 +19,17 @@ FAMILY = (("IOPO", "DPO, beta 0.1"), ("IOPO", "DPO, beta 1"), ("IOPO", "ratio al
 
 # ---- Choices of rate and steps -------------------------------------------------------------------
 
-def tuned(row, seeds=None):
+def tuned(row, seeds=None, at_most=math.inf):
     """(rate, look) with the highest mean vote on validation prompts, over the seeds at these
-    places; a point where any of them diverged is none."""
+    places; a point where any of them diverged is none. `at_most`: the highest mean KL to SFT."""
     votes = np.array(row["vote"], dtype=float)                         # (rates, seeds, looks)
     means = (votes if seeds is None else votes[:, seeds]).mean(axis=1)
+    if at_most < math.inf:
+        kl = np.array(row["kl"], dtype=float)
+        far = (kl if seeds is None else kl[:, seeds]).mean(axis=1) > at_most
+        means = np.where(far, np.nan, means)
+    if np.isnan(means).all():
+        return None
     return np.unravel_index(np.nanargmax(means), means.shape)
 
 
@@ -48,25 +54,27 @@ def out_of_sample(numbers, row, measure, resamples=RESAMPLES):
     return {"mean": float(np.mean(found)), "spread": float(np.std(found))}
 
 
-def choices(row):
-    """For every seed the (rate, look) that the votes of all others choose."""
+def choices(row, at_most=math.inf):
+    """For every seed the (rate, look) that the votes of all others choose; None: there is none."""
     count = np.shape(row["vote"])[1]
     if count == 1:                                                     # nobody else to ask
-        return [tuned(row)]
-    return [tuned(row, [other for other in range(count) if other != seed])
+        return [tuned(row, at_most=at_most)]
+    return [tuned(row, [other for other in range(count) if other != seed], at_most)
             for seed in range(count)]
 
 
-def left_out(numbers, row, measure):
-    """(seeds,): every seed at the rate and steps that the votes of all others choose."""
-    values = scores(numbers, row, measure)
-    return np.array([values[rate, seed, look]
-                     for seed, (rate, look) in enumerate(choices(numbers[row]))])
+def left_out(numbers, row, measure, at_most=math.inf):
+    """(seeds,): every seed at the rate and steps that the votes of all others choose. Where nothing
+    is within `at_most`, the seed stays with SFT."""
+    values, start = scores(numbers, row, measure), numbers["SFT"].get(measure)
+    return np.array([values[place[0], seed, place[1]] if place else start[seed]
+                     for seed, place in enumerate(choices(numbers[row], at_most))])
 
 
 def at_kl(kl, reward, start, value):
     """The reward of one run where its KL to SFT first is `value`, between its looks on a straight
-    line; None where it never is. kl, reward: (looks,); start: SFT's own (KL, reward)."""
+    line; None where it never is. kl, reward: (looks,); start: SFT's own (KL, reward). KL is not
+    monotone along a run, so where it jumps this is a guess."""
     points = [start, *zip(kl, reward)]
     for (kl_a, reward_a), (kl_b, reward_b) in itertools.pairwise(points):
         if kl_a <= value <= kl_b:
@@ -75,13 +83,13 @@ def at_kl(kl, reward, start, value):
     return None                                                        # NaN compares as no
 
 
-def at_equal_kl(numbers, row, measure, value):
-    """One number per seed whose run reaches this KL, at the rate that the others' votes choose."""
+def at_equal_kl(numbers, row, measure, rate, value):
+    """One number per seed whose run at this rate reaches this KL."""
     start, found = numbers["SFT"], []
-    kl, values = (np.array(numbers[row][name], dtype=float) for name in ("kl", measure))
-    for seed, (rate, _) in enumerate(choices(numbers[row])):
+    kl, values = (np.array(numbers[row][name], dtype=float)[rate] for name in ("kl", measure))
+    for seed in range(len(kl)):
         begin = start["kl"][seed], start[measure][seed]
-        found.append(at_kl(kl[rate, seed], values[rate, seed], begin, value))
+        found.append(at_kl(kl[seed], values[seed], begin, value))
     return [reached for reached in found if reached is not None]
 
 
@@ -153,8 +161,12 @@ def frontier_tables(numbers, _, rates):
     found["SFT alone"] = table_sft(numbers["SFT"])
     for measure, digits in (("reward", 2), ("greedy", 2), ("accuracy", 3)):
         found[f"{measure} by rate"] = table_rates(numbers, rows, rates, measure, digits)
-    for measure, digits in (("reward", 2), ("greedy", 2), ("tokens", 1)):
-        found[f"{measure} at equal KL"] = table_kl(numbers, rows, measure, digits)
+    if len(numbers["SFT"]["reward"]) > 1:
+        for measure, digits in (("reward", 2), ("greedy", 2), ("tokens", 1)):
+            found[f"{measure} within a KL"] = table_within(numbers, rows, measure, digits)
+    for number, rate in enumerate(rates):
+        if rate in MIDDLE_RATES:
+            found[f"reward at a KL, lr {rate:g}"] = table_kl(numbers, rows, "reward", number)
     found["pairs that have stopped"] = table_idle(numbers, rows, rates)
     return found
 
@@ -171,26 +183,36 @@ def table_rates(numbers, rows, rates, measure, digits):
     """Every rate at the steps that its votes choose."""
     lines = []
     for row in rows:
-        values, cells = scores(numbers, row, measure), []
-        votes = np.array(numbers[row]["vote"], dtype=float).mean(axis=1)          # (rates, looks)
-        for rate in range(len(rates)):
-            if np.isnan(votes[rate]).all():
-                cells.append("diverges")
-            else:
-                look = int(np.nanargmax(votes[rate]))
-                cells.append(f"{plus_minus(values[rate, :, look], digits)} at {LOOKS[look]}")
-        lines.append((row, *cells))
+        values = scores(numbers, row, measure)
+        looks = [voted_look(numbers, row, rate) for rate in range(len(rates))]
+        lines.append((row, *(f"{plus_minus(values[rate, :, look], digits)} at {LOOKS[look]}"
+                             for rate, look in enumerate(looks))))
     return markdown((f"{measure}, at the steps that the votes choose",
                      *(f"lr {rate:g}" for rate in rates)), lines)
 
 
-def table_kl(numbers, rows, measure, digits):
+def table_within(numbers, rows, measure, digits):
+    """Every seed at what the others' votes choose of all that is no farther from SFT."""
+    lines = [(row, *(plus_minus(left_out(numbers, row, measure, value), digits)
+                     for value in KL_VALUES)) for row in rows]
+    return markdown((f"{measure}, tuned, with a KL to SFT of at most",
+                     *(f"{value:g}" for value in KL_VALUES)), lines)
+
+
+def voted_look(numbers, row, rate):
+    """The look with the most votes at a rate; the last one where some run diverged before any."""
+    votes = np.array(numbers[row]["vote"], dtype=float)[rate].mean(axis=0)                # (looks,)
+    return len(LOOKS) - 1 if np.isnan(votes).all() else int(np.nanargmax(votes))
+
+
+def table_kl(numbers, rows, measure, rate):
+    """Along runs at one rate."""
     lines = []
     for row in rows:
-        found = [at_equal_kl(numbers, row, measure, value) for value in KL_VALUES]
-        lines.append((row, *(f"{plus_minus(seeds, digits)} ({len(seeds)})" if seeds else "-"
+        found = [at_equal_kl(numbers, row, measure, rate, value) for value in KL_VALUES]
+        lines.append((row, *(f"{plus_minus(seeds)} ({len(seeds)})" if seeds else "-"
                              for seeds in found)))
-    return markdown((f"{measure} where KL to SFT is so many nats (seeds that reach it)",
+    return markdown((f"{measure} where a run's KL first is (seeds that reach it)",
                      *(f"{value:g}" for value in KL_VALUES)), lines)
 
 
@@ -198,7 +220,7 @@ def table_tuned(numbers, rows, rates):
     lines = []
     for row in rows:
         rate, look = tuned(numbers[row])
-        edge = ", an edge" if rate in (0, len(rates) - 1) else ""
+        edge = ", an edge" if rate in (0, len(rates) - 1) or look == len(LOOKS) - 1 else ""
         shown = ["-"] * 5
         if len(numbers["SFT"]["reward"]) > 1:
             cells = [out_of_sample(numbers, row, measure) for measure in ("reward", "greedy")]
@@ -215,10 +237,11 @@ def table_tuned(numbers, rows, rates):
 
 
 def total_steps(row, steps):
-    """Optimiser steps of both players, where the protagonist has made so many."""
+    """Optimiser steps of both players, where the protagonist has just made so many: the adversary
+    has not had the turn after that."""
     options = FRONTIER[row]
     n_nu = options.get("n_nu", TURN) if options["method"] == "iopo" else 0
-    return steps * (TURN + n_nu) // TURN
+    return steps + n_nu * ((steps - 1) // TURN)
 
 
 def table_family(found):
@@ -264,12 +287,13 @@ def paper_tables(numbers, rewards, rates):
 
 
 def table_fixed(numbers, rows, measure, rates):
-    """Every row at every rate, all with the most steps: what a comparison at one rate sees."""
+    """Every row at every rate, all with the most steps: what a comparison at one rate sees. Rows
+    called online have those of the DPO model before them."""
     digits = 3 if measure == "accuracy" else 2
     last = {row: scores(numbers, row, measure)[:, :, -1] for row in rows}       # (rates, seeds)
     lines = [(row, *(plus_minus(values, digits) for values in last[row])) for row in rows]
-    return markdown((f"{measure} after {LOOKS[-1]} steps", *(f"lr {rate:g}" for rate in rates)),
-                    lines)
+    return markdown((f"{measure} after {LOOKS[-1]} steps of the protagonist",
+                     *(f"lr {rate:g}" for rate in rates)), lines)
 
 
 def table1(numbers, rewards):
@@ -285,7 +309,8 @@ def table1(numbers, rewards):
 
 
 def table2(numbers, rewards):
-    """Greedy answers; every seed at what the others' votes choose."""
+    """Greedy answers; every seed at what the others' votes choose, from a DPO model that all votes
+    have chosen."""
     lines, ours = [], "IOPO online"
     for row in (ours, "SFT", *TABLE2):
         values = {"greedy": numbers["SFT"]["greedy"]} if row == "SFT" else {
@@ -304,33 +329,34 @@ def table2(numbers, rewards):
 
 
 def shares(numbers, rewards, ours, theirs, what):
-    """Percentages of wins, ties and loses over prompts and samples, mean over seeds. The answers
-    of a run that diverged count below all others."""
-    found = []
-    for seed in range(len(numbers["SFT"]["reward"])):
-        a, b = (rewards[f"{row}, {what}"][(0, seed, 0) if row == "SFT" else
-                                          (place[0], seed, place[1])].astype(int)
-                for row, place in ((row, None if row == "SFT" else choices(numbers[row])[seed])
-                                   for row in (ours, theirs)))
-        found.append([100 * np.mean(some) for some in (a > b, a == b, a < b)])
+    """Percentages of wins, ties and loses over prompts and all pairs of different draws, mean over
+    seeds (two rows at the same look share their draws). A run that diverged counts as SFT."""
+    found, start = [], rewards[f"SFT, {what}"][0, :, 0]                        # (seeds, answers)
+    for seed in range(len(start)):
+        sides = []
+        for row in (ours, theirs):
+            rate, look = choices(numbers[row])[seed] if row != "SFT" else (None, None)
+            said = start[seed] if row == "SFT" else rewards[f"{row}, {what}"][rate, seed, look]
+            said = start[seed] if (said == -128).all() else said
+            sides.append(said.astype(int).reshape(SAMPLES["test"] if what == "test" else 1, -1))
+        gaps = sides[0][:, None] - sides[1][None]                              # (draws, draws, n)
+        if len(gaps) > 1:
+            gaps = gaps[~np.eye(len(gaps), dtype=bool)]
+        found.append([100 * np.mean(some) for some in (gaps > 0, gaps == 0, gaps < 0)])
     return "/".join(f"{share:.0f}" for share in np.mean(found, axis=0))
 
 
 def ablation_tables(numbers, _, rates):
-    """One factor at a time from IOPO, at rates and steps alike."""
-    count = len(numbers["SFT"]["reward"])
+    """One factor at a time from IOPO, at one rate, every row at the steps that its votes choose."""
     lines = []
     for row in ("IOPO", *(row for row in numbers if row.startswith("--"))):
         cells = []
         for rate in range(len(rates)):
-            votes = np.array(numbers[row]["vote"], dtype=float)[rate].mean(axis=0)        # (looks,)
-            look = int(np.nanargmax(votes)) if not np.isnan(votes).all() else len(LOOKS) - 1
+            look, default_look = (voted_look(numbers, name, rate) for name in (row, "IOPO"))
             values = {name: scores(numbers, row, name)[rate, :, look]
                       for name in ("reward", "accuracy")}
-            default = scores(numbers, "IOPO", "reward")[rate]                      # (seeds, looks)
-            best = int(np.argmax(np.array(numbers["IOPO"]["vote"])[rate].mean(axis=0)))
-            against = "" if row == "IOPO" or count == 1 else \
-                f", {difference(values['reward'], default[:, best])}"
+            default = scores(numbers, "IOPO", "reward")[rate, :, default_look]
+            against = f", {difference(values['reward'], default)}" if row != "IOPO" else ""
             cells.append(f"{plus_minus(values['reward'])} at {LOOKS[look]}{against}")
             cells.append(plus_minus(values["accuracy"], 3))
         lines.append((f"`{row}`" if row.startswith("--") else row, *cells))

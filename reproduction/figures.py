@@ -4,10 +4,12 @@ import importlib.util
 
 import numpy as np
 
-from reproduction.compare import at_equal_kl, half_interval, scores, total_steps, tuned
+from reproduction.compare import (at_equal_kl, half_interval, left_out, scores, total_steps, tuned,
+                                  voted_look)
+from reproduction.plan import MIDDLE_RATES
 from reproduction.runs import COOLER, LEVELS, LOOKS
 
-FINE_KL = np.linspace(0.1, 6, 60)           # nats, where curves over KL are interpolated
+FINE_KL = np.linspace(0.15, 3, 58)          # nats, the points of curves over KL
 STOPPING = ("DPO, beta 0.1", "DPO, beta 0.3", "DPO, beta 1", "DPO, beta 3", "ratio alone", "IOPO")
 WORDS = {"reward": "true reward, T=0.8", "greedy": "true reward, T=0", "accuracy": "accuracy"}
 
@@ -22,10 +24,14 @@ def draw_frontier(numbers, rates, folder):
     save(folder, "rate.png", [panel("learning rate", words, [
         curve(row, rates, at_voted_steps(numbers, row, measure)) for row in rows], xscale="log")
         for measure, words in WORDS.items()])
-    save(folder, "kl.png", [panel("KL to SFT, nats an answer", WORDS[measure],
-                                  [over_kl(numbers, row, measure) for row in rows]
-                                  + [sft_line(numbers["SFT"])] * (measure == "reward"))
-                            for measure in ("reward", "greedy")])
+    save(folder, "kl.png", [
+        panel("tuned: KL to SFT of at most, nats an answer", WORDS["reward"],
+              [curve(row, FINE_KL, [left_out(numbers, row, "reward", kl) for kl in FINE_KL])
+               for row in rows] + [sft_line(numbers["SFT"])]),
+        *(panel(f"lr {rate:g}: where KL to SFT first is", WORDS["reward"],
+                [over_kl(numbers, row, "reward", number) for row in rows]
+                + [sft_line(numbers["SFT"])])
+          for number, rate in enumerate(rates) if rate in MIDDLE_RATES)])
     save(folder, "steps.png", [panel("optimiser steps of both players", WORDS[measure], [
         curve(row, [total_steps(row, steps) for steps in LOOKS],
               scores(numbers, row, measure)[tuned(numbers[row])[0]].T) for row in rows])
@@ -47,10 +53,9 @@ def values_at(numbers, row, measure, rate):
 
 def at_voted_steps(numbers, row, measure):
     """(rates, seeds): every rate at the steps that its votes choose."""
-    votes = np.array(numbers[row]["vote"], dtype=float).mean(axis=1)           # (rates, looks)
-    looks = np.where(np.isnan(votes), -1, votes).argmax(axis=1)
     values = scores(numbers, row, measure)
-    return np.array([values[rate, :, look] for rate, look in enumerate(looks)])
+    return np.array([values[rate, :, voted_look(numbers, row, rate)]
+                     for rate in range(len(values))])
 
 
 def curve(label, x, values):
@@ -60,10 +65,10 @@ def curve(label, x, values):
     return label, x, values.mean(axis=1), np.array(half)
 
 
-def over_kl(numbers, row, measure):
-    """Only where half of the seeds have a run that gets there."""
-    found = [(kl, at_equal_kl(numbers, row, measure, kl)) for kl in FINE_KL]
-    enough = max(1, len(numbers["SFT"]["reward"]) // 2)
+def over_kl(numbers, row, measure, rate):
+    """Only where eight in ten seeds get there, so that the curve is of the same runs."""
+    found = [(kl, at_equal_kl(numbers, row, measure, rate, kl)) for kl in FINE_KL]
+    enough = 0.8 * len(numbers["SFT"]["reward"])
     found = [(kl, seeds) for kl, seeds in found if len(seeds) >= enough]
     half = [half_interval(seeds) if len(seeds) > 1 else 0.0 for _, seeds in found]
     return (row, [kl for kl, _ in found], np.array([np.mean(seeds) for _, seeds in found]),

@@ -87,11 +87,14 @@ MEASURES = ("reward", "greedy", "accuracy", "kl", "vote", "tokens", "margin", "s
             "log_ratio")
 
 
-def gather(sft, results, rates, seeds):
+def gather(sft, results, options, rates, seeds):
     """{measure: (rates, seeds, looks)} of a row, NaN after a run has diverged; quantiles of log r
     have an axis more. `sft` and `results` are in the order of sft_runs and row_runs. The vote is
     the chance that the human prefers the row's answer to a validation prompt to SFT's, as expected
-    from their rewards."""
+    from their rewards; NaN while a row's adversary has not trained yet, since until then the row is
+    the one without."""
+    begins = options.get("n_mu", TURN) if options["method"] == "iopo" and options.get("n_nu", 1) \
+        else 0
     shape = len(rates), len(seeds), len(LOOKS)
     found = {measure: np.full(shape, np.nan) for measure in MEASURES}
     found |= {name: np.full((*shape, len(LEVELS)), np.nan)
@@ -105,6 +108,8 @@ def gather(sft, results, rates, seeds):
             for measure in MEASURES:
                 where = (*place, LOOKS.index(look["steps"]))
                 found[measure][where] = values.get(measure, look.get(measure, np.nan))
+            if look["steps"] <= begins:
+                found["vote"][where] = np.nan
         for look in result["adversary"]:
             where = (*place, LOOKS.index(look["steps"]))
             found["adversary_log_ratio"][where] = look["log_ratio"]

@@ -2,6 +2,7 @@
 tokenizer. What needs scipy, matplotlib, transformers or sentencepiece says so when it is skipped.
 """
 
+import argparse
 import concurrent.futures
 import importlib
 import importlib.util
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 import eval as examination
+import iopo
 import train
 from data import Pair, SafeWorld, Tokenizer, encode_pairs
 from model import Decoder, DecoderConfig
@@ -222,7 +224,7 @@ def test_a_small_reproduction(small_plan, tmp_path, capsys, monkeypatch):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
-    assert "--record" in refused(command.main, ["tables"], capsys)     # needs the frontier's
+    assert "frontier first" in refused(command.main, ["tables"], capsys)
     command.main(["--record", "--out", "out"])
     printed, out = capsys.readouterr().out, tmp_path / "out"
     count = len(Inline.runs)
@@ -240,7 +242,10 @@ def test_a_small_reproduction(small_plan, tmp_path, capsys, monkeypatch):
     # a look's numbers follow from its rewards, and are what eval.py finds for the same model
     packed = np.load(out / "frontier.npz")
     assert packed["IOPO, test"].shape == (3, 2, 2, 2 * 20) and packed["IOPO, test"].dtype == np.int8
-    assert (packed["IOPO, test"][2, :, -1] == -128).all() and "diverges" in printed
+    assert (packed["IOPO, test"][2, :, -1] == -128).all()
+    assert (compare.scores(numbers, "IOPO", "reward")[2, :, 1] == numbers["SFT"]["reward"]).all()
+    voted = ~np.isnan(np.array(numbers["IOPO"]["vote"], dtype=float))  # where its adversary has
+    assert not voted[:, :, 0].any() and voted[:2, :, 1].all()          # trained
     assert packed["SFT, 0.4"].shape == (1, 2, 1, 2 * 20)
     reward = packed["DPO, beta 0.1, test"].mean(axis=3) / 4
     assert np.allclose(np.array(numbers["DPO, beta 0.1"]["reward"], dtype=float)[:2], reward[:2],
@@ -357,8 +362,9 @@ def test_the_readme_shows_what_was_recorded():
         _, rates, seeds = plan.PARTS[part]
         known = json.loads((HERE / f"results/{part}.json").read_text())
         assert (known["rates"], known["seeds"]) == (list(rates), list(seeds))
-        numbers, rewards = command.recorded("frontier", rates, seeds)
-        own, more = command.recorded(part)
+        options = argparse.Namespace(out="nowhere", quick=False)
+        numbers, rewards = command.recorded("frontier", options, rates, seeds)
+        own, more = command.recorded(part, options)
         for name, table in make({**numbers, **own}, {**rewards, **more}, rates).items():
             assert table in readme, f"{part}, {name}"
     for figure in (HERE / "results").glob("*.png"):
@@ -427,6 +433,43 @@ def test_a_choice_is_scored_where_it_was_not_made():
     row["reward"][0][3] = [None]               # as JSON has it where the run diverged
     row["vote"][0][3] = [None]
     assert compare.left_out(numbers, "row", "reward").tolist() == [2, 2, 2, 0.3, 2]
+
+
+def test_a_choice_within_a_kl():
+    vote = [[[0.6, 0.9]] * 3, [[0.7, 0.8]] * 3]                        # 2 rates, 3 seeds, 2 looks
+    kl = [[[0.5, 4.0]] * 3, [[1.0, 3.0]] * 3]
+    reward = [[[1.0, 2.0]] * 3, [[3.0, 4.0]] * 3]
+    numbers = {"SFT": {"reward": [0.1, 0.2, 0.3]},
+               "row": {"vote": vote, "kl": kl, "reward": reward}}
+    for at_most, expected in ((9, [2] * 3), (3.5, [4] * 3), (1, [3] * 3), (0.9, [1] * 3),
+                              (0.4, [0.1, 0.2, 0.3])):
+        assert compare.left_out(numbers, "row", "reward", at_most).tolist() == expected
+
+
+def test_total_steps_count_the_adversarys_turns_before():
+    """The look at 50 steps comes after one turn of the adversary, as turns has it."""
+    order = [player for _, player in iopo.turns(6, 25, 25)]
+    for steps in (10, 25, 50, 100, 150):
+        made = [k for k, player in enumerate(order, start=1) if player == "protagonist"][steps - 1]
+        assert compare.total_steps("IOPO", steps) == made
+        assert compare.total_steps("ratio alone", steps) == steps
+
+
+def test_shares_are_of_different_draws(monkeypatch):
+    """Two samples to two prompts, against all pairs of different draws by hand."""
+    monkeypatch.setattr(compare, "SAMPLES", {"test": 2})
+    vote = {"vote": [[[0.5]]]}
+    numbers = {"SFT": {"reward": [0.0]}, "a": vote, "b": vote}
+    rewards = {"SFT, test": [[[8, 8, 8, 8]]], "a, test": [[[[1, 2, 3, 4]]]],
+               "b, test": [[[[3, 0, 1, 4]]]], "SFT, greedy": [[[1, 2]]],
+               "a, greedy": [[[[1, 1]]]], "b, greedy": [[[[-128, -128]]]]}
+    rewards = {name: np.array(some, dtype=np.int8) for name, some in rewards.items()}
+    rewards["SFT, test"], rewards["SFT, greedy"] = (
+        rewards[f"SFT, {what}"][:, :, None] for what in ("test", "greedy"))
+    # prompt 1: a says 1, 3, b says 3, 1; prompt 2: a says 2, 4, b says 0, 4
+    assert compare.shares(numbers, rewards, "a", "b", "test") == "25/50/25"
+    assert compare.shares(numbers, rewards, "a", "SFT", "test") == "0/0/100"
+    assert compare.shares(numbers, rewards, "a", "b", "greedy") == "0/50/50"       # b is SFT
 
 
 def test_holm_by_hand():
