@@ -172,11 +172,12 @@ def frontier_tables(numbers, _, rates):
 
 
 def table_sft(sft):
-    lines = [(f"{TEMPERATURE:g}", plus_minus(sft["reward"]), plus_minus(sft["kl"]))]
-    lines += [(f"{cooler:g}", plus_minus(sft[f"{cooler:g}"]["reward"]),
-               plus_minus(sft[f"{cooler:g}"]["kl"])) for cooler in COOLER]
-    lines.append(("0", plus_minus(sft["greedy"]), ""))
-    return markdown(("SFT at temperature", "true reward", "KL to SFT at 1, nats"), lines)
+    at = {TEMPERATURE: sft, **{cooler: sft[f"{cooler:g}"] for cooler in COOLER}}
+    lines = [(f"{temperature:g}", plus_minus(some["reward"]), plus_minus(some["bad"]),
+              plus_minus(some["kl"])) for temperature, some in at.items()]
+    lines.append(("0", plus_minus(sft["greedy"]), plus_minus(sft["bad_greedy"]), ""))
+    return markdown(("SFT at temperature", "true reward", "share of answers below 0 (wrong or harm)",
+                     "KL to SFT at 1, nats"), lines)
 
 
 def table_rates(numbers, rows, rates, measure, digits):

@@ -117,13 +117,16 @@ def gather(sft, results, options, rates, seeds):
 
 
 def gather_sft(results):
-    """{measure: (seeds,)} of SFT, and {temperature: the same} where it is cooler."""
+    """{measure: (seeds,)} of SFT, and {temperature: the same} where it is cooler. `bad`: the share
+    of rewards below 0, which are those of wrong and harmful answers."""
     looks = [result["looks"][0] for result in results]
-    found = {"greedy": [mean_reward(look["greedy"]) for look in looks]}
+    found = {"greedy": [mean_reward(look["greedy"]) for look in looks],
+             "bad_greedy": [share_below(look["greedy"]) for look in looks]}
     for name in ("test", *map("{:g}".format, COOLER)):
         found[name] = {"reward": [mean_reward(look[name]) for look in looks],
                        "kl": [look[name]["kl"] for look in looks],
-                       "tokens": [look[name]["tokens"] for look in looks]}
+                       "tokens": [look[name]["tokens"] for look in looks],
+                       "bad": [share_below(look[name]) for look in looks]}
     return {**found.pop("test"), **found}
 
 
@@ -146,6 +149,10 @@ def pack(row, results, shape):
 
 def mean_reward(answers):
     return float(np.mean(answers["quarters"])) / 4
+
+
+def share_below(answers):
+    return float(np.mean(np.array(answers["quarters"]) < 0))
 
 
 def vote(answers, others):
