@@ -176,8 +176,8 @@ def table_sft(sft):
     lines = [(f"{temperature:g}", plus_minus(some["reward"]), plus_minus(some["bad"]),
               plus_minus(some["kl"])) for temperature, some in at.items()]
     lines.append(("0", plus_minus(sft["greedy"]), plus_minus(sft["bad_greedy"]), ""))
-    return markdown(("SFT at temperature", "true reward", "share of answers below 0 (wrong or harm)",
-                     "KL to SFT at 1, nats"), lines)
+    return markdown(("SFT at temperature", "true reward",
+                     "share of answers below 0 (wrong or harm)", "KL to SFT at 1, nats"), lines)
 
 
 def table_rates(numbers, rows, rates, measure, digits):
