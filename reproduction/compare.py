@@ -158,6 +158,7 @@ def frontier_tables(numbers, _, rates):
     if len(numbers["SFT"]["reward"]) > 1:
         family = [pair for pair in FAMILY if {*pair} <= {*rows}]
         found["the family"] = table_family(comparisons(numbers, "reward", family))
+        found["exploratory"] = table_exploratory(numbers, [*family, ("AIPO", "ratio alone")])
     found["SFT alone"] = table_sft(numbers["SFT"])
     for measure, digits in (("reward", 2), ("greedy", 2), ("accuracy", 3)):
         found[f"{measure} by rate"] = table_rates(numbers, rows, rates, measure, digits)
@@ -167,7 +168,12 @@ def frontier_tables(numbers, _, rates):
     for number, rate in enumerate(rates):
         if rate in MIDDLE_RATES:
             found[f"reward at a KL, lr {rate:g}"] = table_kl(numbers, rows, "reward", number)
-    found["pairs that have stopped"] = table_idle(numbers, rows, rates)
+    chosen = [int(tuned(numbers[row])[0]) for row in rows]
+    rate = max(sorted(set(chosen)), key=chosen.count)                  # that most rows choose
+    for measure, words in (("idle", "share of pairs with a weight below 5% of its start"),
+                           ("kl", "KL to SFT")):
+        title = f"{words}, lr {rates[rate]:g}, after steps"
+        found[f"{measure} along runs"] = table_along(numbers, rows, measure, rate, title)
     return found
 
 
@@ -253,18 +259,24 @@ def table_family(found):
                       p_value(each["holm"]), f"{each['seen']:.2f}") for each in found])
 
 
-def table_idle(numbers, rows, rates):
-    """Along runs at the rate that most rows choose, the share of training pairs whose gradient has
-    faded."""
-    chosen = [int(tuned(numbers[row])[0]) for row in rows]
-    rate = max(sorted(set(chosen)), key=chosen.count)
+def table_exploratory(numbers, pairs):
+    """Tuned differences of other measures, plain 95% intervals and p."""
+    measures = {"reward": 2, "greedy": 2, "accuracy": 3, "kl": 2}
+    return markdown(("comparison", *measures), [
+        (f"{ours} minus {theirs}", *(difference(left_out(numbers, ours, measure),
+                                                left_out(numbers, theirs, measure), digits)
+                                     for measure, digits in measures.items()))
+        for ours, theirs in pairs if {ours, theirs} <= {*numbers}])
+
+
+def table_along(numbers, rows, measure, rate, title):
+    """Along runs at one rate; rows whose method has no such number are left out."""
     lines = []
     for row in rows:
-        values = np.array(numbers[row]["idle"], dtype=float)[rate]     # (seeds, looks)
+        values = np.array(numbers[row][measure], dtype=float)[rate]    # (seeds, looks)
         if not np.isnan(values).all():
             lines.append((row, *(plus_minus(values[:, look]) for look in range(len(LOOKS)))))
-    return markdown((f"share of pairs with a weight below 5% of its start, lr {rates[rate]:g}, "
-                     "after steps", *map(str, LOOKS)), lines)
+    return markdown((title, *map(str, LOOKS)), lines)
 
 
 # ---- The paper's tables, and the ablation --------------------------------------------------------
