@@ -3568,7 +3568,7 @@ def test_eval_from_the_shell(tmp_path):
     good = shell("run", "--prompts", "1", "--json")
     assert good.returncode == 0 and json.loads(good.stdout)["prompts"] == 1
     assert "examining run" in good.stderr                          # the bar
-    long = command("run", "--prompts", "100", "--max-new-tokens", "100")
+    long = command(*["run"] * 20, "--prompts", "40", "--max-new-tokens", "100")
     with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
                           env=environment) as process:
         process.stderr.read(1)                                     # the bar begins
