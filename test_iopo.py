@@ -3569,8 +3569,11 @@ def test_eval_from_the_shell(tmp_path):
     assert good.returncode == 0 and json.loads(good.stdout)["prompts"] == 1
     assert "examining run" in good.stderr                          # the bar
     long = command(*["run"] * 20, "--prompts", "40", "--max-new-tokens", "100")
+    def heard():                                                       # a shell's background is deaf
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
-                          env=environment) as process:
+                          env=environment, preexec_fn=heard) as process:
         process.stderr.read(1)                                     # the bar begins
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130 and process.stdout.read() == b""
