@@ -3569,7 +3569,7 @@ def test_eval_from_the_shell(tmp_path):
     assert good.returncode == 0 and json.loads(good.stdout)["prompts"] == 1
     assert "examining run" in good.stderr                          # the bar
     long = command(*["run"] * 20, "--prompts", "40", "--max-new-tokens", "100")
-    def heard():                                                       # a shell's background is deaf
+    def heard():                                                   # a shell's background is deaf
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     with subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
