@@ -366,7 +366,8 @@ def open_run(folder, start):
     if not other.is_file() or other.read_bytes() != tokenizer.files["tokenizer.json"]:
         raise ValueError(f"{folder}: its start {start} is not there, or has another tokenizer; "
                          "choose it by --sft FOLDER")
-    if config["data"] is None and tokenizer.files != SafeWorld.tokenizer().files:
+    world = SafeWorld.tokenizer().files["tokenizer.json"]
+    if config["data"] is None and tokenizer.files["tokenizer.json"] != world:
         raise ValueError(f"{folder}: was trained in the safe world of another version of the code")
     return Run(str(folder), config, {"SFT": start, **models}, tokenizer)
 

@@ -2862,6 +2862,8 @@ def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
     rest = [{**row, "step": row["step"] + 6} for row in read_run(tmp_path / "on")[0]]
     assert rest == read_run(tmp_path / "whole")[0][6:] and "held_out_margin" in rest[-1]
     assert "the safe world, held-out prompts" in capsys.readouterr().out
+    (tmp_path / "on/protagonist/special_tokens_map.json").write_text("{}")   # as others save it
+    examination.main([str(tmp_path / "on"), "--prompts", "0"])
     assert not (tmp_path / "on/sft").exists()
     (tmp_path / "whole/sft").rename(tmp_path / "gone")
     assert "--sft" in refused(examination.main, [str(tmp_path / "on")], capsys)
@@ -3569,6 +3571,7 @@ def test_eval_from_the_shell(tmp_path):
     assert good.returncode == 0 and json.loads(good.stdout)["prompts"] == 1
     assert "examining run" in good.stderr                          # the bar
     long = command(*["run"] * 20, "--prompts", "40", "--max-new-tokens", "100")
+
     def heard():                                                   # a shell's background is deaf
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -130,8 +130,7 @@ class Player:
     stream of pairs: mu sees the same ones whatever nu does. SFT's rows have no rejected answer."""
 
     def __init__(self, model, rows, loss, lr, config, sign=+1):
-        self.model, self.loss, self.sign, self.config = model, loss, sign, config
-        self.rows = rows
+        self.model, self.rows, self.loss, self.sign, self.config = model, rows, loss, sign, config
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
         self.start_at(0)
 
@@ -326,21 +325,21 @@ def prepare(config):
         drafts = []
         print(note)
     tokenizer, model = start_model(config)
-    (rows, _, report), (held_out, _, report_2), (drafts, _, report_3) = (
-        encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts))
-    drawn = f"\nwritten answers, for SFT: {report_3}" if drafts else ""
-    print(f"training pairs: {report}\nheld out: {report_2}{drawn}")
+    (rows, held_out, drafts), _, reports = zip(*(
+        encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts)))
+    drawn = f"\nwritten answers, for SFT: {reports[2]}" if drafts else ""
+    print(f"training pairs: {reports[0]}\nheld out: {reports[1]}{drawn}")
     if not rows or config.look_every and not held_out:
         raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
-    drafts = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
-    drafts = drafts or [(prompt, w, None) for prompt, w, _ in rows]
     fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
+    sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
+    sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
     model.to(find_device(config.device))
     model.gradient_checkpointing = config.gradient_checkpointing
     other, (exchange, sign) = copy.deepcopy(model), ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
-    players = {"sft": Player(model, drafts, "sft", config.sft_lr, config),
+    players = {"sft": Player(model, sft_rows, "sft", config.sft_lr, config),
                "protagonist": Player(model, rows, config.method, config.lr, config),
                "adversary": Player(other, theirs, config.method, config.lr, config, sign)}
     return Job(config, tokenizer, players, held_out, fingerprint)

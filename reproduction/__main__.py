@@ -32,13 +32,12 @@ INSTALL = "pip install -r reproduction/requirements.txt"
 def main(arguments=None):
     try:
         options = parse_arguments(arguments)
-        parts, spawn = [options.part] if options.part else [*plan.PARTS, "theorems"], "spawn"
-        for part in parts:
+        spawn = multiprocessing.get_context("spawn")
+        for part in [options.part] if options.part else [*plan.PARTS, "theorems"]:
             if part == "theorems":
                 theorems(options)
                 continue
-            context = multiprocessing.get_context(spawn)
-            with concurrent.futures.ProcessPoolExecutor(options.jobs, context,
+            with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn,
                                                         start_worker) as pool:
                 try:
                     run_part(part, options, pool)
@@ -94,8 +93,8 @@ def run_part(part, options, pool):
         replace_file(folder / f"{part}.json", (json.dumps(recorded_too) + "\n").encode())
         replace_file(folder / f"{part}.md", (report + "\n").encode())
         np.savez_compressed(folder / f"{part}.npz", **packed)
-        if part == "frontier" and figures.can_draw():
-            figures.draw_frontier(numbers, rates, folder)
+        if part == "frontier":
+            drawn(figures.draw_frontier, numbers, rates, folder)
 
 
 def theorems(options):
@@ -104,8 +103,15 @@ def theorems(options):
     printed({"theorems": compare.table_theorems(games)})
     for folder in folders(options):
         replace_file(folder / "theorems.json", (json.dumps(games) + "\n").encode())
-        if figures.can_draw():
-            figures.draw_games(games, folder)
+        drawn(figures.draw_games, games, folder)
+
+
+def drawn(draw, *what):
+    """Figures, where there is matplotlib."""
+    if figures.can_draw():
+        draw(*what)
+    else:
+        print(f"no figures: they need matplotlib ({INSTALL})")
 
 
 def folders(options):

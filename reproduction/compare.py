@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from reproduction.game import STATED, TURNS
-from reproduction.plan import FRONTIER, MIDDLE_RATES, TURN
+from reproduction.plan import FRONTIER, MIDDLE_RATES, turn_lengths
 from reproduction.runs import COOLER, LOOKS, SAMPLES, TEMPERATURE
 
 KL_VALUES = (0.25, 0.5, 1.0, 2.0)           # nats an answer
@@ -19,14 +19,12 @@ FAMILY = (("IOPO", "DPO, beta 0.1"), ("IOPO", "DPO, beta 1"), ("IOPO", "ratio al
 
 # ---- Choices of rate and steps -------------------------------------------------------------------
 
-def tuned(row, seeds=None, at_most=math.inf):
+def tuned(row, seeds=slice(None), at_most=math.inf):
     """(rate, look) with the highest mean vote on validation prompts, over the seeds at these
     places; a point where any of them diverged is none. `at_most`: the highest mean KL to SFT."""
-    votes = np.array(row["vote"], dtype=float)                         # (rates, seeds, looks)
-    means = (votes if seeds is None else votes[:, seeds]).mean(axis=1)
+    means = np.array(row["vote"], dtype=float)[:, seeds].mean(axis=1)             # (rates, looks)
     if at_most < math.inf:
-        kl = np.array(row["kl"], dtype=float)
-        far = (kl if seeds is None else kl[:, seeds]).mean(axis=1) > at_most
+        far = np.array(row["kl"], dtype=float)[:, seeds].mean(axis=1) > at_most
         means = np.where(far, np.nan, means)
     if np.isnan(means).all():
         return None
@@ -36,7 +34,7 @@ def tuned(row, seeds=None, at_most=math.inf):
 def scores(numbers, row, measure):
     """(rates, seeds, looks). A run that diverged counts as what its user is left with, SFT."""
     values = np.array(numbers[row][measure], dtype=float)
-    instead = numbers["SFT"].get(measure, {"accuracy": 0.5}.get(measure, 0.0))
+    instead = numbers["SFT"].get(measure, 0.5 if measure == "accuracy" else 0.0)
     return np.where(np.isnan(values), np.reshape(instead, (1, -1, 1)), values)
 
 
@@ -190,10 +188,9 @@ def table_rates(numbers, rows, rates, measure, digits):
     """Every rate at the steps that its votes choose."""
     lines = []
     for row in rows:
-        values = scores(numbers, row, measure)
-        looks = [voted_look(numbers, row, rate) for rate in range(len(rates))]
-        lines.append((row, *(f"{plus_minus(values[rate, :, look], digits)} at {LOOKS[look]}"
-                             for rate, look in enumerate(looks))))
+        found = at_voted_looks(numbers, row, measure)
+        lines.append((row, *(f"{plus_minus(values, digits)} at {LOOKS[look]}"
+                             for look, values in found)))
     return markdown((f"{measure}, at the steps that the votes choose",
                      *(f"lr {rate:g}" for rate in rates)), lines)
 
@@ -204,6 +201,13 @@ def table_within(numbers, rows, measure, digits):
                      for value in KL_VALUES)) for row in rows]
     return markdown((f"{measure}, tuned, with a KL to SFT of at most",
                      *(f"{value:g}" for value in KL_VALUES)), lines)
+
+
+def at_voted_looks(numbers, row, measure):
+    """[(the look with the most votes, a value per seed) of every rate]."""
+    values = scores(numbers, row, measure)
+    looks = [voted_look(numbers, row, rate) for rate in range(len(values))]
+    return [(look, values[rate, :, look]) for rate, look in enumerate(looks)]
 
 
 def voted_look(numbers, row, rate):
@@ -246,9 +250,8 @@ def table_tuned(numbers, rows, rates):
 def total_steps(row, steps):
     """Optimiser steps of both players, where the protagonist has just made so many: the adversary
     has not had the turn after that."""
-    options = FRONTIER[row]
-    n_nu = options.get("n_nu", TURN) if options["method"] == "iopo" else 0
-    return steps + n_nu * ((steps - 1) // TURN)
+    n_mu, n_nu = turn_lengths(FRONTIER[row])
+    return steps + n_nu * ((steps - 1) // n_mu)
 
 
 def table_family(found):

@@ -4,8 +4,8 @@ import importlib.util
 
 import numpy as np
 
-from reproduction.compare import (at_equal_kl, half_interval, left_out, scores, total_steps, tuned,
-                                  voted_look)
+from reproduction.compare import (at_equal_kl, at_voted_looks, half_interval, left_out, scores,
+                                  total_steps, tuned)
 from reproduction.plan import MIDDLE_RATES
 from reproduction.runs import COOLER, LEVELS, LOOKS
 
@@ -22,7 +22,8 @@ def draw_frontier(numbers, rates, folder):
     """rate.png, kl.png, steps.png and stopping.png."""
     rows = [row for row in numbers if row != "SFT"]
     save(folder, "rate.png", [panel("learning rate", words, [
-        curve(row, rates, at_voted_steps(numbers, row, measure)) for row in rows], xscale="log")
+        curve(row, rates, [values for _, values in at_voted_looks(numbers, row, measure)])
+        for row in rows], xscale="log")
         for measure, words in WORDS.items()])
     save(folder, "kl.png", [
         panel("tuned: KL to SFT of at most, nats an answer", WORDS["reward"],
@@ -51,18 +52,10 @@ def values_at(numbers, row, measure, rate):
     return np.array(numbers[row][measure], dtype=float)[rate].T
 
 
-def at_voted_steps(numbers, row, measure):
-    """(rates, seeds): every rate at the steps that its votes choose."""
-    values = scores(numbers, row, measure)
-    return np.array([values[rate, :, voted_look(numbers, row, rate)]
-                     for rate in range(len(values))])
-
-
 def curve(label, x, values):
-    """(label, x, means, half intervals) of values (x, seeds)."""
-    values = np.array(values)
+    """(label, x, means, half intervals) of the seeds' values at each x."""
     half = [half_interval(seeds) if len(seeds) > 1 else 0.0 for seeds in values]
-    return label, x, values.mean(axis=1), np.array(half)
+    return label, x, np.array([np.mean(seeds) for seeds in values]), np.array(half)
 
 
 def over_kl(numbers, row, measure, rate):
@@ -70,9 +63,7 @@ def over_kl(numbers, row, measure, rate):
     found = [(kl, at_equal_kl(numbers, row, measure, rate, kl)) for kl in FINE_KL]
     enough = 0.8 * len(numbers["SFT"]["reward"])
     found = [(kl, seeds) for kl, seeds in found if len(seeds) >= enough]
-    half = [half_interval(seeds) if len(seeds) > 1 else 0.0 for _, seeds in found]
-    return (row, [kl for kl, _ in found], np.array([np.mean(seeds) for _, seeds in found]),
-            np.array(half))
+    return curve(row, [kl for kl, _ in found], [seeds for _, seeds in found])
 
 
 def sft_line(sft):

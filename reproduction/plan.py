@@ -9,6 +9,7 @@ import re
 import numpy as np
 from tqdm import tqdm
 
+import train
 from reproduction.runs import COOLER, LEVELS, LOOKS, SAMPLES, Run
 
 RATES, SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), tuple(range(10))
@@ -63,14 +64,25 @@ def row_runs(row, options, rates, seeds, out, dpo=()):
     """The runs of a row: rate by rate, each with all seeds. `dpo`: dpo_runs of these seeds."""
     name, sft = re.sub("[^a-z0-9.]+", "-", row.lower()).strip("-"), sft_runs(seeds, out)
     keep, starts = options.get("keep"), dpo if "online" in options else sft
-    options = {"n_mu": TURN, **options}
-    count = max(LOOKS) // options["n_mu"]
-    options |= {"n_iter": 1 if keep else count}
-    own = {name: options[name] for name in options if name not in ("online", "keep")}
+    own = own_options(options)
+    count = max(LOOKS) // own["n_mu"]
     return [Run(f"{out}/{name}-lr{rate:g}-seed{seed}",
-                {**own, "lr": rate, "model": start.model.as_posix(), "seed": seed},
+                {**own, "n_iter": 1 if keep else count, "lr": rate,
+                 "model": start.model.as_posix(), "seed": seed},
                 base.model.as_posix(), *((count, keep) if keep else ()))
             for rate in rates for seed, start, base in zip(seeds, starts, sft)]
+
+
+def own_options(options):
+    """Those of a row that are train.py's."""
+    return {"n_mu": TURN, **{name: value for name, value in options.items()
+                             if name not in ("online", "keep")}}
+
+
+def turn_lengths(options):
+    """(N_mu, N_nu) of a row, N_nu 0 where there is no adversary."""
+    config = train.make_config(own_options(options))
+    return config.n_mu, config.n_nu
 
 
 def progress(name, runs, jobs):
@@ -93,8 +105,7 @@ def gather(sft, results, options, rates, seeds):
     the chance that the human prefers the row's answer to a validation prompt to SFT's, as expected
     from their rewards; NaN while a row's adversary has not trained yet, since until then the row is
     the one without."""
-    begins = options.get("n_mu", TURN) if options["method"] == "iopo" and options.get("n_nu", 1) \
-        else 0
+    n_mu, n_nu = turn_lengths(options)
     shape = len(rates), len(seeds), len(LOOKS)
     found = {measure: np.full(shape, np.nan) for measure in MEASURES}
     found |= {name: np.full((*shape, len(LEVELS)), np.nan)
@@ -108,7 +119,7 @@ def gather(sft, results, options, rates, seeds):
             for measure in MEASURES:
                 where = (*place, LOOKS.index(look["steps"]))
                 found[measure][where] = values.get(measure, look.get(measure, np.nan))
-            if look["steps"] <= begins:
+            if n_nu and look["steps"] <= n_mu:
                 found["vote"][where] = np.nan
         for look in result["adversary"]:
             where = (*place, LOOKS.index(look["steps"]))

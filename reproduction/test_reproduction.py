@@ -194,8 +194,7 @@ def small_plan(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", Inline)
     Inline.runs.clear()
-    prompts, make_config, rates = \
-        runs.shuffled_prompts, train.make_config, (1e-4, 1e-3, 1e15)
+    prompts, make_config, rates = runs.shuffled_prompts, train.make_config, (1e-4, 1e-3, 1e15)
     changes = {
         "FRONTIER": ROWS, "PAPER": MORE, "ABLATION": READINGS, "RATES": rates,
         "MIDDLE_RATES": rates[:2], "TURN": 2, "LOOKS": (2, 4), "EVERY": 2,
