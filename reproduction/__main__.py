@@ -63,11 +63,12 @@ def run_part(part, options, pool):
         rates, seeds = plan.MIDDLE_RATES[1:], seeds[:1]
     out, numbers, rewards, dpo = Path(options.out).as_posix(), {}, {}, []
     if part != "frontier":                             # its rows are the others' company
-        numbers, rewards = recorded("frontier", options, rates, seeds)
+        known, rewards = recorded("frontier", options)
+        numbers, rewards = cut(known, rewards, rates, seeds)
     sft = plan.sft_runs(seeds, out)
     if part == "tables":
-        rate, look = compare.tuned(recorded("frontier", options)[0]["DPO, beta 0.1"])
-        dpo = plan.dpo_runs(plan.RATES[rate], LOOKS[look], seeds, out)
+        rate, look = compare.tuned(known["rows"]["DPO, beta 0.1"])
+        dpo = plan.dpo_runs(known["rates"][rate], LOOKS[look], seeds, out)
     runs = {row: plan.row_runs(row, own, rates, seeds, out, dpo) for row, own in rows.items()}
     everything = [run for some in runs.values() for run in some]
     with plan.progress(part, sft + dpo + everything, options.jobs) as bar:
@@ -121,29 +122,32 @@ def folders(options):
     return (out, RESULTS) if options.record else (out,)
 
 
-def recorded(part, options, rates=None, seeds=None):
-    """(numbers, rewards) of a part, of these rates and seeds alone: of --out, else as recorded."""
+def recorded(part, options):
+    """(what its .json holds, rewards) of a part: of --out, else as recorded."""
     quick = [Path(options.out, "quick")] * options.quick
     paths = [folder / f"{part}.json" for folder in (*quick, Path(options.out), RESULTS)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise ValueError(f"{paths[0]} is not there; run python -m reproduction {part} first")
-    known = json.loads(path.read_text())
-    which = [known["rates"].index(rate) for rate in rates or known["rates"]]
-    whose = [known["seeds"].index(seed) for seed in seeds or known["seeds"]]
+    with np.load(path.with_suffix(".npz")) as file:
+        return json.loads(path.read_text()), dict(file)
 
-    def cut(values):
+
+def cut(known, rewards, rates, seeds):
+    """(numbers, rewards) of a recorded part, of these rates and seeds alone."""
+    which = [known["rates"].index(rate) for rate in rates]
+    whose = [known["seeds"].index(seed) for seed in seeds]
+
+    def of_seeds(values):
         if isinstance(values, dict):
-            return {name: cut(some) for name, some in values.items()}
+            return {name: of_seeds(some) for name, some in values.items()}
         return [values[seed] for seed in whose]
 
-    rows, sft = known["rows"], cut(known["rows"]["SFT"])
-    numbers = {row: {name: [cut(values[rate]) for rate in which] for name, values in some.items()}
-               for row, some in rows.items() if row != "SFT"}
-    with np.load(path.with_suffix(".npz")) as file:
-        rewards = {name: file[name][np.ix_([0] if name.startswith("SFT, ") else which, whose)]
-                   for name in file}
-    return {"SFT": sft, **numbers}, rewards
+    numbers = {row: of_seeds(some) if row == "SFT" else
+               {name: [of_seeds(values[rate]) for rate in which] for name, values in some.items()}
+               for row, some in known["rows"].items()}
+    return numbers, {name: values[np.ix_([0] if name.startswith("SFT, ") else which, whose)]
+                     for name, values in rewards.items()}
 
 
 def printed(tables):
