@@ -286,7 +286,8 @@ def table_along(numbers, rows, measure, rate, title):
 
 TABLE1 = ("DPO, beta 0.1", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio alone", "adversary alone",
           "DPO, beta 1")
-TABLE2 = ("DPO, beta 0.1", "DPO online", "Iter-DPO", "AIPO rounds", "ratio alone, online")
+TABLE2 = ("DPO, beta 0.1", "DPO online", "Iter-DPO", "DPO rounds", "AIPO rounds",
+          "ratio alone, online")
 PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO, beta 0.1": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8",
           "IPO": "44.8/22/33.2", "KTO-pair": "48/21.6/30.4"}
 PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO, beta 0.1": "23.75, .9286, 13:203:11:23, 2.164",

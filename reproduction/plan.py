@@ -34,6 +34,7 @@ PAPER = {"HINGE": {"method": "hinge"}, "IPO": {"method": "ipo"},
          "IOPO online": {"method": "iopo", "online": True},
          "ratio alone, online": {"method": "iopo", "n_nu": 0, "online": True},
          "Iter-DPO": {"method": "dpo", "online": True, "keep": 0.2},
+         "DPO rounds": {"method": "dpo", "keep": 1.0},
          "AIPO rounds": {"method": "aipo", "keep": 1.0}}
 ABLATION = {" ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()):
             {"method": "iopo", **options}
