@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from reproduction.game import STATED, TURNS
-from reproduction.plan import FRONTIER, MIDDLE_RATES, turn_lengths
+from reproduction.plan import FRONTIER, MIDDLE_RATES, PAPER, turn_lengths
 from reproduction.runs import COOLER, LOOKS, SAMPLES, TEMPERATURE
 
 KL_VALUES = (0.25, 0.5, 1.0, 2.0)           # nats an answer
@@ -82,13 +82,13 @@ def at_kl(kl, reward, start, value):
 
 
 def at_equal_kl(numbers, row, measure, rate, value):
-    """One number per seed whose run at this rate reaches this KL."""
+    """(seeds,): NaN where a seed's run at this rate never reaches this KL."""
     start, found = numbers["SFT"], []
     kl, values = (np.array(numbers[row][name], dtype=float)[rate] for name in ("kl", measure))
     for seed in range(len(kl)):
         begin = start["kl"][seed], start[measure][seed]
         found.append(at_kl(kl[seed], values[seed], begin, value))
-    return [reached for reached in found if reached is not None]
+    return np.array(found, dtype=float)                                # NaN for None
 
 
 # ---- Comparisons ---------------------------------------------------------------------------------
@@ -216,13 +216,17 @@ def voted_look(numbers, row, rate):
     return len(LOOKS) - 1 if np.isnan(votes).all() else int(np.nanargmax(votes))
 
 
-def table_kl(numbers, rows, measure, rate):
-    """Along runs at one rate."""
+def table_kl(numbers, rows, measure, rate, pairs=()):
+    """Along runs at one rate; for pairs of rows, their difference in the seeds where both reach."""
+    at = {row: [at_equal_kl(numbers, row, measure, rate, value) for value in KL_VALUES]
+          for row in rows}
+    for ours, theirs in pairs:
+        at[f"{ours} minus {theirs}"] = [a - b for a, b in zip(at[ours], at[theirs])]
     lines = []
-    for row in rows:
-        found = [at_equal_kl(numbers, row, measure, rate, value) for value in KL_VALUES]
-        lines.append((row, *(f"{plus_minus(seeds)} ({len(seeds)})" if seeds else "-"
-                             for seeds in found)))
+    for name, found in at.items():
+        reached = [values[~np.isnan(values)] for values in found]
+        lines.append((name, *(f"{plus_minus(values)} ({len(values)})" if len(values) else "-"
+                              for values in reached)))
     return markdown((f"{measure} where a run's KL first is (seeds that reach it)",
                      *(f"{value:g}" for value in KL_VALUES)), lines)
 
@@ -250,7 +254,7 @@ def table_tuned(numbers, rows, rates):
 def total_steps(row, steps):
     """Optimiser steps of both players, where the protagonist has just made so many: the adversary
     has not had the turn after that."""
-    n_mu, n_nu = turn_lengths(FRONTIER[row])
+    n_mu, n_nu = turn_lengths({**FRONTIER, **PAPER}[row])
     return steps + n_nu * ((steps - 1) // n_mu)
 
 
@@ -288,6 +292,7 @@ TABLE1 = ("DPO, beta 0.1", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio alone", "a
           "DPO, beta 1")
 TABLE2 = ("DPO, beta 0.1", "DPO online", "Iter-DPO", "DPO rounds", "AIPO rounds",
           "ratio alone, online")
+LENGTH = ("DPO, beta 0.1", "AIPO", "DPO with likelihood", "AIPO rounds", "DPO rounds")
 PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO, beta 0.1": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8",
           "IPO": "44.8/22/33.2", "KTO-pair": "48/21.6/30.4"}
 PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO, beta 0.1": "23.75, .9286, 13:203:11:23, 2.164",
@@ -296,11 +301,20 @@ PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO, beta 0.1": "23.75, .9286, 13
 
 def paper_tables(numbers, rewards, rates):
     """Name -> Markdown. `rewards`: {"row, what": (rates, seeds, looks, answers)}, see plan.pack."""
-    return {"Table 1, one rate for all": table_fixed(numbers, ("IOPO", *TABLE1), "reward", rates),
-            "Table 1, tuned": table1(numbers, rewards),
-            "Table 2, one rate for all":
-                table_fixed(numbers, ("IOPO online", *TABLE2), "accuracy", rates),
-            "Table 2, tuned": table2(numbers, rewards)}
+    found = {"Table 1, one rate for all": table_fixed(numbers, ("IOPO", *TABLE1), "reward", rates),
+             "Table 1, tuned": table1(numbers, rewards),
+             "Table 2, one rate for all":
+                 table_fixed(numbers, ("IOPO online", *TABLE2), "accuracy", rates),
+             "Table 2, tuned": table2(numbers, rewards),
+             "tuned out of sample": table_tuned(numbers, PAPER, rates)}
+    for number, rate in enumerate(rates):
+        if rate in MIDDLE_RATES:
+            found[f"length at a KL, lr {rate:g}"] = \
+                table_kl(numbers, LENGTH, "tokens", number, [LENGTH[1:3], LENGTH[3:]])
+            title = f"tokens (SFT: {plus_minus(numbers['SFT']['tokens'])}), lr {rate:g}, after steps"
+            found[f"length along runs, lr {rate:g}"] = \
+                table_along(numbers, LENGTH, "tokens", number, title)
+    return found
 
 
 def table_fixed(numbers, rows, measure, rates):

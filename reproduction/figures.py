@@ -61,6 +61,7 @@ def curve(label, x, values):
 def over_kl(numbers, row, measure, rate):
     """Only where eight in ten seeds get there, so that the curve is of the same runs."""
     found = [(kl, at_equal_kl(numbers, row, measure, rate, kl)) for kl in FINE_KL]
+    found = [(kl, seeds[~np.isnan(seeds)]) for kl, seeds in found]
     enough = 0.8 * len(numbers["SFT"]["reward"])
     found = [(kl, seeds) for kl, seeds in found if len(seeds) >= enough]
     return curve(row, [kl for kl, _ in found], [seeds for _, seeds in found])

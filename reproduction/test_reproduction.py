@@ -413,6 +413,13 @@ def test_the_reward_at_a_kl():
     assert compare.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 3.5) is None
     assert compare.at_kl([2.0, 1.0, 4.0], [5.0, 9.0, 9.0], (0.0, 1.0), 1.5) == pytest.approx(4.0)
     assert compare.at_kl([1.0, nan], [2.0, nan], (0.0, 1.0), 2.0) is None
+    numbers = {"SFT": {"kl": [0.0, 0.0], "tokens": [10.0, 20.0]},      # one rate, two seeds, a look
+               "a": {"kl": [[[1.0], [2.0]]], "tokens": [[[14.0], [28.0]]]},
+               "b": {"kl": [[[4.0], [0.5]]], "tokens": [[[18.0], [21.0]]]}}
+    lines = compare.table_kl(numbers, "ab", "tokens", 0, ["ab"]).split("\n")[2:]
+    table = {line.split(" | ")[0]: line.split(" | ")[1:] for line in lines}     # KL 0.25, .5, 1, 2
+    assert table["| a minus b"] == ["0.50 ± 0.00 (2)", "1.00 ± 0.00 (2)", "2.00 (1)", "- |"]
+    assert table["| a"][3] == "28.00 (1) |" and table["| b"][2] == "12.00 (1)"
 
 
 def test_a_choice_is_scored_where_it_was_not_made():
