@@ -16,7 +16,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -512,6 +512,8 @@ class PairBatch:
     predictors: torch.Tensor            # (N,) the places of the segments' tokens
     targets: torch.Tensor               # (N,) the token that each of these predicts
     lengths: list                       # 2B: of chosen and rejected of the first pair, the second
+    chosen_lengths: torch.Tensor        # (B,) in tokens, EOS included
+    rejected_lengths: torch.Tensor      # (B,)
     masks: list                         # a pair's tokens by its tokens, -inf = may not attend
 
     @classmethod
@@ -540,23 +542,16 @@ class PairBatch:
             sees = ((segment == 0) | (segment == segment[:, None])) & (place <= place[:, None])
             masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))
         return cls(torch.tensor([inputs]), torch.tensor([positions]), torch.tensor(predictors),
-                   torch.tensor(targets), lengths, masks)
+                   torch.tensor(targets), lengths, torch.tensor(lengths[::2]),
+                   torch.tensor(lengths[1::2]), masks)
 
     def __len__(self):
         return len(self.masks)
 
     def to(self, device):
-        one_row = self.input_ids, self.positions, self.predictors, self.targets
-        return PairBatch(*(tensor.to(device) for tensor in one_row), self.lengths,
-                         [mask.to(device) for mask in self.masks])
-
-    @property
-    def chosen_lengths(self):                                      # in tokens, EOS included, (B,)
-        return torch.tensor(self.lengths[::2], device=self.targets.device)
-
-    @property
-    def rejected_lengths(self):
-        return torch.tensor(self.lengths[1::2], device=self.targets.device)
+        moved = {name: part.to(device) for name, part in vars(self).items()
+                 if isinstance(part, torch.Tensor)}
+        return replace(self, **moved, masks=[mask.to(device) for mask in self.masks])
 
 
 def batches(rows, batch_size, seed, start=0):

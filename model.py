@@ -43,10 +43,8 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else \
             nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:                                   # load_model brings the values
-                continue
-            if parameter.dim() == 2:                                # the norms keep their ones
+        for name, parameter in self.named_parameters():             # the norms keep their ones
+            if parameter.dim() == 2 and not parameter.is_meta:      # load_model brings the values
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
@@ -70,23 +68,22 @@ class Decoder(nn.Module):
         for layer, block in enumerate(self.model.layers):
             last = layer == len(self.model.layers) - 1
             inputs = x, cos, sin, functools.partial(attend, layer), wanted if last else slice(None)
-            again = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = recomputed(block, *inputs) if again else block(*inputs)
+            x = recomputed(block, *inputs) if self.gradient_checkpointing else block(*inputs)
         return self.model.norm(x)
 
     def head(self):
         """The weight (V, D) that meets the vocabulary, apart from `hidden`: few places need it."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.normalize(weight, dim=-1) if self.config.family.norm_head else weight      # (V, D)
+        return F.normalize(weight, dim=-1) if "norm_head" in self.config.family else weight
 
     @property
     def device(self):
         return self.model.embed_tokens.weight.device
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder, dtype=torch.float32):
         """Read a Hugging Face folder; weights become float32. ValueError where it cannot be."""
-        return load_model(folder)
+        return load_model(folder, dtype)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, or its shards and their index."""
@@ -112,15 +109,16 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.head_dim, bias = config.head_dim, config.family.qkv_bias
+        self.head_dim, bias = config.head_dim, "qkv_bias" in config.family
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-                                    if config.family.qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            if "qk_norm" in config.family else nn.Identity() for _ in range(2))
 
     def forward(self, x, cos, sin, attend):
         heads = -1, self.head_dim
@@ -202,13 +200,6 @@ def causal(attention_mask, T):
     return (attention_mask & earlier | itself)[:, None]                             # (B, 1, T, T)
 
 
-def attend_pairs(masks, layer, q, k, v):
-    """The pairs of a data.PairBatch, one after another in a single row, each by its own mask."""
-    parts = zip(*(x.split([len(mask) for mask in masks], dim=2) for x in (q, k, v)))
-    out = [attention(*part, mask.to(q.dtype)) for part, mask in zip(parts, masks)]
-    return torch.cat(out, dim=2)                                                    # (1, H, T, d)
-
-
 # ---- Response log-probabilities ------------------------------------------------------------------
 
 def sequence_logps(logits, targets, mask):
@@ -232,7 +223,11 @@ def response_logps(model, batch):
     The prompt passes the layers once for both answers. Only what predicts a token of an answer
     meets the vocabulary: CHUNK at a time, whose logits are computed again in the backward pass
     and never kept."""
-    attend = functools.partial(attend_pairs, batch.masks)
+    def attend(layer, q, k, v):                                     # each pair by its own mask
+        parts = zip(*(x.split([len(mask) for mask in batch.masks], dim=2) for x in (q, k, v)))
+        out = [attention(*part, mask.to(q.dtype)) for part, mask in zip(parts, batch.masks)]
+        return torch.cat(out, dim=2)                                                # (1, H, T, d)
+
     hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0]    # (N, D)
     weight = model.head()                                                           # (V, D)
     token_logps = [recomputed(target_logps, some, weight, targets)
@@ -310,18 +305,12 @@ def find_device(name):
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Family:
-    """What sets the models of one model_type apart from Llama's."""
-    qkv_bias: bool = False              # queries, keys and values have a bias
-    qk_norm: bool = False               # RMSNorm of each head's queries and keys before rotation
-    norm_head: bool = False             # rows of lm_head count with length 1, in training too
-    stored: dict = field(default_factory=dict)      # parameter here -> its name in a checkpoint
-
-
-FAMILIES = {"llama": Family(), "mistral": Family(), "qwen2": Family(qkv_bias=True),
-            "qwen3": Family(qk_norm=True), "baichuan": Family(norm_head=True, stored=dict.fromkeys(
-                ("q_proj", "k_proj", "v_proj"), "W_pack"))}
+FAMILIES = {                            # what sets the models of a model_type apart from Llama's
+    "llama": {}, "mistral": {},
+    "qwen2": {"qkv_bias": True},        # queries, keys and values have a bias
+    "qwen3": {"qk_norm": True},         # RMSNorm of each head's queries and keys before rotation
+    "baichuan": {"norm_head": True,     # rows of lm_head count with length 1, in training too
+                 "stored": dict.fromkeys(("q_proj", "k_proj", "v_proj"), "W_pack")}}  # in its files
 ORIGINAL = "original_max_position_embeddings"
 ROPE_TYPES = {"default": (), "linear": ("factor",),                 # and the numbers they need
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL)}
@@ -439,9 +428,12 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def load_model(folder):
+def load_model(folder, dtype):
     """Besides the model one tensor at most is in memory, the largest first, while there is room."""
     folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():      # a player of --lora-rank
+        from scale.lora import merged
+        return merged(folder).to(dtype)
     config = DecoderConfig.from_json(folder / "config.json")
     with torch.device("meta"):                          # no memory until the checkpoint's tensors
         model = Decoder(config)
@@ -458,7 +450,7 @@ def load_model(folder):
         shape = sum(rows), *shapes[table[name][0]][1:]
         # the tensor has no name here, so that its file is closed before the next one is read
         for part, piece in zip(table[name], read_tensor(files[name], name, shape).split(rows)):
-            piece = piece.to(torch.float32, copy=True)
+            piece = piece.to(dtype, copy=True)
             if not torch.equal(piece, weights.setdefault(part, piece)):
                 raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their "
                                  "weights differ")
@@ -478,9 +470,9 @@ def save_model(model, folder):
 
 def checkpoint_names(model):
     """Name of each tensor in a checkpoint -> the parameters that it holds, stacked by rows."""
-    table = {}
+    table, stored = {}, model.config.family.get("stored", {})
     for name in model.state_dict():
-        there = ".".join(model.config.family.stored.get(part, part) for part in name.split("."))
+        there = ".".join(stored.get(part, part) for part in name.split("."))
         table.setdefault(there, []).append(name)
     return table
 

@@ -68,6 +68,8 @@ class Config:
     gradient_checkpointing: bool = option(False, "compute layers twice: less memory, more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "of matrix products only", choices=("float32", "bfloat16"))
+    lora_rank: int | None = option(None, "rank of both players' adapters; None: all train", least=1)
+    backbone_dtype: str = option("float32", "of their backbone", choices=("float32", "bfloat16"))
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
     eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
@@ -88,9 +90,7 @@ def train(job, look=None):
     if done == config.sft_steps:                 # no SFT, or a resumed run has just ended it
         begin(job)
     with file, tqdm(total=len(schedule), initial=done) as bar:
-        for step, (iteration, name) in enumerate(schedule, start=1):           # Algorithm 1, line 1
-            if step <= done:
-                continue
+        for step, (iteration, name) in enumerate(schedule[done:], done + 1):   # Algorithm 1, line 1
             agent, env = roles[name]
             metrics = optimizer_step(agent, env, next(agent.pairs), config)
             if step == config.sft_steps:
@@ -115,7 +115,9 @@ def optimizer_step(agent, env, rows, config):
             with torch.no_grad():                                   # ENV is frozen here
                 env_logps = env.logps(batch)                        # (B,), (B,)
         logps = agent.logps(batch)                                  # (B,), (B,)
-        losses = agent.sign * pair_losses(agent.loss, logps, env_logps, batch, config)      # (B,)
+        loss, known = LOSSES[agent.loss], {**vars(config), **vars(batch)}
+        options = {name: known[name] for name in inspect.getfullargspec(loss).kwonlyargs}
+        losses = agent.sign * loss(*logps, *env_logps, **options)   # (B,)
         (losses.sum() / len(rows)).backward()
         seen.append((losses, *logps, *env_logps, batch.rejected_lengths))
     grad_norm = agent.update()
@@ -153,14 +155,6 @@ class Player:
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return norm.item()
-
-
-def pair_losses(name, logps, env_logps, batch, config):
-    """LOSSES[name] with those options and lengths that it takes, shape (B,)."""
-    known = {**vars(config), "chosen_lengths": batch.chosen_lengths,
-             "rejected_lengths": batch.rejected_lengths}
-    wanted = inspect.getfullargspec(LOSSES[name]).kwonlyargs
-    return LOSSES[name](*logps, *env_logps, **{key: known[key] for key in wanted})
 
 
 def measure(loss, config, losses, chosen, rejected, env_chosen, env_rejected, lengths):
@@ -243,10 +237,10 @@ def save_config(config):
 def save_player(folder, player, tokenizer):
     """A Hugging Face folder, complete or not there at all."""
     partial = folder.with_name(folder.name + ".partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
     player.model.save_pretrained(partial)
     tokenizer.save(partial)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
@@ -301,7 +295,8 @@ WORLD_PAIRS, LOOKED_AT = 3000, 200
 WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, head_dim=16,
                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
 IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
-         ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta"))]
+         ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta")),
+         ("lora_rank", None, ("backbone_dtype",))]
 
 
 @dataclasses.dataclass
@@ -337,7 +332,12 @@ def prepare(config):
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
     model.to(find_device(config.device))
     model.gradient_checkpointing = config.gradient_checkpointing
-    other, (exchange, sign) = copy.deepcopy(model), ADVERSARIES[config.adversary]
+    if config.lora_rank:
+        from scale.lora import adapters
+        model, other = adapters(model, config)
+    else:
+        other = copy.deepcopy(model)
+    exchange, sign = ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
     players = {"sft": Player(model, sft_rows, "sft", config.sft_lr, config),
                "protagonist": Player(model, rows, config.method, config.lr, config),
@@ -354,7 +354,9 @@ def start_model(config):
                                       bos_token_id=world.bos_id, **WORLD_MODEL))
     else:
         folder = find_source(config.model)
-        tokenizer, model = Tokenizer.from_pretrained(folder), Decoder.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        dtype = getattr(torch, config.backbone_dtype if config.lora_rank else "float32")
+        model = Decoder.from_pretrained(folder, dtype)
     ids, context = model.config.vocab_size, model.config.max_position_embeddings
     config.max_length = config.max_length or min(context, 1024)
     if config.data is None and tokenizer.files["tokenizer.json"] != world.files["tokenizer.json"]:
@@ -380,9 +382,13 @@ def make_config(options, given=None):
         default = field.metadata.get("world" if config.data is None else "own")
         if getattr(config, field.name) is None and isinstance(default, (int, float)):
             setattr(config, field.name, default)
-    for name, other in (("data", "model"), ("leave_out", "data"), ("held_out", "data")):
+    for name, other in (("data", "model"), ("leave_out", "data"), ("held_out", "data"),
+                        ("lora_rank", "model")):
         if getattr(config, name) is not None and getattr(config, other) is None:
-            raise ValueError(f"{flag_of(name)} needs {flag_of(other)}: the safe world has its own")
+            raise ValueError(f"{flag_of(name)} needs {flag_of(other)}")
+    if config.lora_rank and config.sft_steps:
+        raise ValueError("--lora-rank needs --sft-steps 0: adapters stand on an SFT model, which "
+                         "--method sft trains first; give its folder as --model")
     read = {method: {*inspect.getfullargspec(loss).kwonlyargs, "micro_tokens"}
             for method, loss in LOSSES.items()}
     read["iopo"] |= {"n_nu", "adversary"}

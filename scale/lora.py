@@ -1,0 +1,170 @@
+"""Both players as low-rank adapters (LoRA) on one frozen backbone, by peft.
+
+    python train.py --model FOLDER --data DATA --out runs/mine --lora-rank 16
+    python -m scale.lora runs/mine/protagonist merged        # a plain model, the adapter added in
+
+A projection W of the backbone becomes W + 2 B A, with A (R, in) and B (out, R) of the player who is
+asked. B starts at 0, so both players start at the backbone. A saved player is a peft folder:
+peft.PeftModel.from_pretrained puts it onto the same backbone in transformers.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data import Tokenizer, find_source
+from model import Decoder, checkpoint_names, read_file, read_tensor
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SCALE = 2                                   # alpha / R
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TENSOR = "base_model.model.{}.lora_{}.weight"          # its name in a peft folder
+INSTALL = "pip install -r scale/requirements.txt"
+
+
+def adapters(decoder, config):
+    """The protagonist's and the adversary's view of a decoder, whose own weights are frozen."""
+    try:
+        from peft import LoraConfig
+        from peft.functional import cast_adapter_dtype, inject_adapter_in_model
+    except ImportError:
+        raise ValueError(f"--lora-rank needs peft: {INSTALL}") from None
+    here = Path(config.model)
+    if (here / CONFIG).is_file():
+        raise ValueError(f"--model {config.model} is an adapter itself; make it a plain model by "
+                         f"python -m scale.lora {config.model} FOLDER")
+    base, views = str(here.resolve()) if here.exists() else config.model, []
+    torch.manual_seed(config.seed)
+    for name in ("protagonist", "adversary"):
+        own = LoraConfig(**lora_options(config.lora_rank, PROJECTIONS))
+        inject_adapter_in_model(own, decoder, name)
+        del decoder.peft_config                        # peft would warn of the second adapter
+        cast_adapter_dtype(decoder, name)              # float32, whatever the backbone is
+        views.append(Adapted(decoder, name, base))
+    return views
+
+
+def lora_options(rank, modules):
+    return {"r": rank, "lora_alpha": SCALE * rank, "lora_dropout": 0.0, "bias": "none",
+            "target_modules": modules, "task_type": "CAUSAL_LM"}
+
+
+class Adapted:
+    """A decoder under one of its adapters: what a Player takes for a model. Weights, here and in
+    its files, are the adapter's alone.
+
+    Which adapter acts is a state of the decoder, so every use begins by setting it. The backward
+    pass may compute layers again; it comes to `hidden` before them, where a hook sets it too."""
+
+    def __init__(self, decoder, name, base):
+        self.decoder, self.name, self.base = decoder, name, base
+        self.config, self.head = decoder.config, decoder.head
+
+    def use(self, *_):
+        from peft.functional import set_adapter
+        if getattr(self.decoder, "adapter", None) != self.name:
+            set_adapter(self.decoder, self.name)
+            self.decoder.adapter = self.name
+
+    def hidden(self, *inputs):
+        self.use()
+        hidden = self.decoder.hidden(*inputs)                                       # (B, Q, D)
+        if hidden.requires_grad:
+            hidden.register_hook(self.use)
+        return hidden
+
+    @property
+    def device(self):
+        return self.decoder.device
+
+    def named(self):
+        """{"layer.lora_A": A, "layer.lora_B": B}, the parameters."""
+        return {name.removesuffix(f".{self.name}.weight"): parameter
+                for name, parameter in self.decoder.named_parameters()
+                if name.endswith(f".{self.name}.weight")}
+
+    def parameters(self):
+        return list(self.named().values())
+
+    def state_dict(self):
+        return {name: parameter.detach() for name, parameter in self.named().items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, weights):
+        for name, parameter in self.named().items():
+            parameter.copy_(weights[name])
+
+    def save_pretrained(self, folder):
+        """Projections that the checkpoint stacks into one, such as Baichuan2's W_pack, are one in
+        the peft folder: their A below each other, their B along a diagonal, a multiple of R."""
+        from peft import LoraConfig
+        from safetensors.torch import save_file
+        stored, parts, tensors, ranks = self.config.family.get("stored", {}), {}, {}, {}
+        for name, weight in self.state_dict().items():
+            layer, which = name.rsplit(".lora_", 1)
+            there = ".".join(stored.get(part, part) for part in layer.split("."))
+            parts.setdefault((there, which), []).append(weight.cpu())
+        for (there, which), some in parts.items():
+            joined = torch.cat(some) if which == "A" else torch.block_diag(*some)
+            tensors[TENSOR.format(there, which)] = joined.contiguous()
+            if which == "A" and len(some) > 1:
+                ranks[there.rsplit(".", 1)[1]] = len(joined)
+        modules = sorted({there.rsplit(".", 1)[1] for there, _ in parts})
+        rank = len(next(iter(self.named().values())))
+        own = LoraConfig(**lora_options(rank, modules), rank_pattern=ranks,
+                         alpha_pattern={name: SCALE * rank for name, rank in ranks.items()},
+                         base_model_name_or_path=self.base, inference_mode=True)
+        own.save_pretrained(folder)
+        save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
+
+
+# ---- An adapter added in -------------------------------------------------------------------------
+
+@torch.no_grad()
+def merged(folder):
+    """The decoder W + 2 B A of a peft folder that train.py saved, float32."""
+    config = read_file(Path(folder) / CONFIG)
+    rank, base, plain = config.get("r"), config.get("base_model_name_or_path"), {
+        "peft_type": "LORA", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
+    ours = type(rank) is int and {**config, **plain, **lora_options(rank, 0)} == {
+        **config, "target_modules": 0}
+    if not ours or not isinstance(base, str):
+        raise ValueError(f"{folder}: no adapter that train.py saved; peft can merge others")
+    model, path = Decoder.from_pretrained(find_source(base)), Path(folder) / WEIGHTS
+    weights, left = model.state_dict(), {*read_file(path)}
+    for there, parts in checkpoint_names(model).items():
+        names = [TENSOR.format(there.removesuffix(".weight"), which) for which in "AB"]
+        if names[0] in left:
+            rows, columns = [len(weights[part]) for part in parts], weights[parts[0]].shape[-1]
+            shapes = (rank * len(parts), columns), (sum(rows), rank * len(parts))
+            A, B = (read_tensor(path, *both).float() for both in zip(names, shapes))
+            for part, update in zip(parts, (SCALE * B @ A).split(rows)):
+                weights[part] += update                # of the model: state_dict makes no copies
+            left -= {*names}
+    if left:
+        raise ValueError(f"{path}: tensor {min(left)} does not fit the backbone {base}")
+    return model
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m scale.lora", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.print_usage = lambda file: None             # errors are one sentence
+    parser.add_argument("adapter", help="the folder of a player that --lora-rank trained")
+    parser.add_argument("out", help="folder of the plain model, a new one")
+    options = parser.parse_args(arguments)
+    try:
+        if Path(options.out).exists():
+            raise ValueError(f"{options.out} exists; take another one")
+        tokenizer, model = Tokenizer.from_pretrained(options.adapter), merged(options.adapter)
+        model.save_pretrained(options.out)
+        tokenizer.save(options.out)
+    except (ValueError, OSError) as error:
+        print(f"scale.lora: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

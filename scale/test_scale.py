@@ -1,0 +1,392 @@
+"""Proof of scale/: adapters. What needs peft or transformers says so when it is skipped."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval as examination
+import train
+from data import PairBatch, SafeWorld
+from model import Decoder, DecoderConfig, response_logps
+
+torch.set_num_threads(1)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
+ROWS = [([5, 6, 7], [8, 9, 1], [10, 1]), ([5, 11], [12, 1], [13, 14, 15, 1])]
+TURNS = "--n-iter 2 --n-mu 3 --n-nu 3 --lr 1e-2 --batch-size 4 --eval-prompts 0"
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch):
+    monkeypatch.setattr(train, "WORLD_PAIRS", 60)
+    monkeypatch.setattr(train, "LOOKED_AT", 20)
+    monkeypatch.setattr(examination, "EXAM_PAIRS", 20)
+
+
+def make_base(folder, **more):
+    """A random model of the safe world, with weights large enough that layers matter."""
+    torch.manual_seed(1)
+    world = SafeWorld.tokenizer()
+    model = Decoder(DecoderConfig(vocab_size=world.largest_id + 1, eos_token_id=world.eos_id,
+                                  bos_token_id=world.bos_id, **SMALL, **more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5.0 if parameter.dim() == 2 else 1.0)
+    model.save_pretrained(folder)
+    world.save(folder)
+    return model
+
+
+def adapted(decoder, rank=3, base="base", random=True):
+    """Two views of a decoder; `random`: with B that are not 0."""
+    pytest.importorskip("peft")
+    from scale import lora
+    config = train.Config(model=str(base), lora_rank=rank)
+    views = lora.adapters(decoder, config)
+    for number, view in enumerate(views if random else []):
+        torch.manual_seed(10 + number)
+        for name, parameter in view.named().items():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return views
+
+
+def updates(view):
+    """{name of W: 2 B A}, by hand."""
+    named = view.named()
+    return {name.replace(".lora_A", ".weight"): 2 * named[name.replace("_A", "_B")].detach() @ A
+            for name, A in view.state_dict().items() if name.endswith("_A")}
+
+
+def added(model, view):
+    """A copy of a plain model with a view's updates added to its weights."""
+    model, found = copy.deepcopy(model), updates(view)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight += found.pop(name, 0.0)
+    assert not found
+    return model
+
+
+def run(*arguments):
+    train.main([*map(str, arguments)])
+
+
+def refused(function, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        function([*map(str, arguments)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error
+    return error
+
+
+# ---- Adapters on one backbone --------------------------------------------------------------------
+
+def test_both_players_start_as_the_backbone_to_the_last_bit():
+    plain = Decoder(DecoderConfig(vocab_size=20, **SMALL))
+    batch = PairBatch.from_ids(ROWS)
+    before = torch.stack(response_logps(plain, batch))
+    mu, nu = adapted(copy.deepcopy(plain), random=False)
+    for view in (mu, nu):
+        assert torch.equal(torch.stack(response_logps(view, batch)), before)
+
+
+def test_an_adapter_is_w_plus_two_b_a():
+    """Log-probabilities and gradients of both views, against plain models whose weights are
+    W + 2 B A: with G the gradient there, B has 2 G A^T and A has 2 B^T G."""
+    plain = Decoder(DecoderConfig(vocab_size=20, **SMALL))
+    batch = PairBatch.from_ids(ROWS)
+    views = adapted(copy.deepcopy(plain))
+    for view in (*views, *views):                      # also after the other one has been used
+        model = added(plain, view)
+        expected, found = (sum(response_logps(which, batch)).sum() for which in (model, view))
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        expected.backward()
+        found.backward()
+        full, named = {name: parameter.grad for name, parameter in model.named_parameters()}, \
+            view.named()
+        for name, A in named.items():
+            if name.endswith("_A"):
+                B, G = named[name.replace("_A", "_B")], full[name.replace(".lora_A", ".weight")]
+                torch.testing.assert_close(B.grad, 2 * G @ A.T, rtol=1e-3, atol=1e-5)
+                torch.testing.assert_close(A.grad, 2 * B.T @ G, rtol=1e-3, atol=1e-5)
+        for parameter in view.parameters():
+            parameter.grad = None
+        others = [parameter for other in views if other is not view
+                  for parameter in other.parameters()]
+        assert all(parameter.grad is None for parameter in others)
+    assert all(parameter.grad is None for name, parameter in views[0].decoder.named_parameters()
+               if "lora" not in name)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_every_projection_but_the_head_is_adapted(tied):
+    """Each B alone changes what the model says: none is passed by."""
+    decoder = Decoder(DecoderConfig(vocab_size=20, tie_word_embeddings=tied, **SMALL))
+    linear = {name for name, module in decoder.named_modules()
+              if isinstance(module, torch.nn.Linear)} - {"lm_head"}
+    mu, _ = adapted(decoder, random=False)
+    named, batch = mu.named(), PairBatch.from_ids(ROWS)
+    assert {name.rsplit(".", 1)[0] for name in named} == linear and len(linear) == 7 * 2
+    before = torch.stack(response_logps(mu, batch))
+    for name, parameter in named.items():
+        if name.endswith("_B"):
+            with torch.no_grad():
+                parameter.fill_(0.1)
+                assert not torch.equal(torch.stack(response_logps(mu, batch)), before), name
+                parameter.zero_()
+
+
+def test_layers_are_computed_again_under_their_own_adapter():
+    """ENV is asked between AGENT's forward and backward pass; gradients stay AGENT's."""
+    decoder, batch = Decoder(DecoderConfig(vocab_size=20, **SMALL)), PairBatch.from_ids(ROWS)
+    mu, nu = adapted(decoder)
+    grads = []
+    for again in (False, True):
+        decoder.gradient_checkpointing = again
+        loss = sum(response_logps(mu, batch)).sum()
+        if again:
+            with torch.no_grad():
+                response_logps(nu, batch)
+        loss.backward()
+        grads.append([parameter.grad.clone() for parameter in mu.parameters()])
+        for parameter in mu.parameters():
+            parameter.grad = None
+    for plain, recomputed in zip(*grads):
+        assert plain.any()
+        torch.testing.assert_close(recomputed, plain)
+    assert all(parameter.grad is None for parameter in nu.parameters())
+
+
+def test_a_run_trains_adapters_and_nothing_else(tmp_path):
+    """Margin 0 and r 1 at the first step; the pairs, turns and losses of full training; files that
+    hold two matrices a projection, of rank R, and no name of a player."""
+    pytest.importorskip("peft")
+    make_base(tmp_path / "base")
+    run("--model", tmp_path / "base", "--out", tmp_path / "a", "--lora-rank", 3, *TURNS.split())
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").open()]
+    assert [row["player"] for row in rows] == (["protagonist"] * 3 + ["adversary"] * 3) * 2
+    assert rows[0]["margin"] == 0 and rows[0]["ratio"] == 1 and rows[3]["margin"] != 0
+    state = torch.load(tmp_path / "a/checkpoint/state.pt", weights_only=True)
+    tensors = {}
+    for name in ("protagonist", "adversary"):
+        weights, moments, steps = state["players"][name]
+        assert steps == 6 and all("lora" in name for name in weights)
+        assert {moment["exp_avg"].dtype for moment in moments["state"].values()} == {torch.float32}
+        tensors[name] = load_file(tmp_path / "a" / name / "adapter_model.safetensors")
+        assert len(tensors[name]) == 2 * 7 * 2
+        for tensor, value in tensors[name].items():
+            assert re.fullmatch(r"base_model\.model\.model\.layers\.\d\.(self_attn|mlp)\."
+                                r"\w+_proj\.lora_[AB]\.weight", tensor)
+            assert value.shape["lora_B" in tensor] == 3 and value.any()
+    assert not any(torch.equal(value, tensors["adversary"][name])
+                   for name, value in tensors["protagonist"].items())
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    make_base(tmp_path / "base")
+    short = ["--model", tmp_path / "base", "--lora-rank", 2, "--save-every", 2, *TURNS.split()]
+    run("--out", tmp_path / "whole", *short)
+    step, made = train.optimizer_step, []
+
+    def dies(*arguments):
+        made.append(1)
+        if len(made) == 8:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "optimizer_step", dies)
+    with pytest.raises(SystemExit):
+        run("--out", tmp_path / "parts", *short)
+    monkeypatch.setattr(train, "optimizer_step", step)
+    run("--out", tmp_path / "parts", "--resume")
+    for file in ("metrics.jsonl", *(f"{player}/adapter_model.safetensors"
+                                    for player in ("protagonist", "adversary"))):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "parts" / file).read_bytes()
+
+
+def test_a_backbone_in_bfloat16(tmp_path):
+    pytest.importorskip("peft")
+    make_base(tmp_path / "base")
+    config = train.make_config({"model": str(tmp_path / "base"), "lora_rank": 2,
+                                "backbone_dtype": "bfloat16", "out": "nowhere"})
+    job = train.prepare(config)
+    for player in (job.players["protagonist"], job.players["adversary"]):
+        assert {parameter.dtype for parameter in player.model.parameters()} == {torch.float32}
+        assert {parameter.dtype for name, parameter in player.model.decoder.named_parameters()
+                if "lora" not in name} == {torch.bfloat16}
+    rows = next(job.players["protagonist"].pairs)
+    mu, nu = job.players["protagonist"], job.players["adversary"]
+    metrics = train.optimizer_step(mu, nu, rows, config)
+    assert metrics["margin"] == 0 and metrics["ratio"] == 1 and metrics["grad_norm"] > 0
+
+
+# ---- Saved players -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_peft_in_transformers_reads_a_saved_player(tmp_path, tied):
+    """Logits of peft on transformers' own Llama, of the folder read here, and of W + 2 B A."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    plain = make_base(tmp_path / "base", tie_word_embeddings=tied)
+    mu, _ = adapted(copy.deepcopy(plain), base=tmp_path / "base")
+    mu.save_pretrained(tmp_path / "mu")
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "mu")
+    here, expected = Decoder.from_pretrained(tmp_path / "mu"), added(plain, mu)
+    with torch.no_grad():
+        logits = expected(ids)
+        assert not torch.allclose(plain(ids), logits, atol=1e-2)
+        torch.testing.assert_close(here(ids), logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_eval_and_transformers_agree_on_margins(tmp_path, capsys):
+    """eval.py on a run of adapters, against peft on transformers' own model."""
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    base = make_base(tmp_path / "base")
+    run("--model", tmp_path / "base", "--out", tmp_path / "a", "--lora-rank", 3, *TURNS.split())
+    capsys.readouterr()
+    examination.main(["--json", str(tmp_path / "a")])
+    report = json.loads(capsys.readouterr().out)["runs"][0]["models"]
+    tokenizer, pairs = SafeWorld.tokenizer(), SafeWorld().exam_pairs("test", 20)
+    for name in ("protagonist", "adversary"):
+        model = peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+            tmp_path / "a" / name)
+        margins = []
+        for pair in pairs:
+            found = []
+            prompt, *answers = tokenizer.encode_pair(pair)
+            for answer in answers:
+                ids = torch.tensor([[*prompt, *answer]])
+                with torch.no_grad():
+                    for which in (lambda ids: model(ids).logits, base):
+                        logps = which(ids)[0].log_softmax(-1)
+                        found.append(sum(logps[place - 1, ids[0, place]]
+                                         for place in range(len(prompt), ids.shape[1])))
+            margins.append(0.1 * ((found[0] - found[1]) - (found[2] - found[3])))
+        margins = torch.stack(margins)
+        assert report[name]["margin_vs_sft"] == pytest.approx(margins.mean().item(), abs=1e-4)
+        assert margins.abs().mean() > 1e-2
+
+
+def test_w_pack_gets_one_adapter_of_three_times_the_rank(tmp_path):
+    """Baichuan2 stacks q, k and v: the saved A and B multiply to the three updates, stacked; peft
+    loads them onto a module of that name; and the folder reads back."""
+    peft = pytest.importorskip("peft")
+    shape = {**SMALL, "num_key_value_heads": 2}
+    plain = Decoder(DecoderConfig(vocab_size=20, model_type="baichuan", **shape))
+    plain.save_pretrained(tmp_path / "base")
+    mu, _ = adapted(copy.deepcopy(plain), base=tmp_path / "base")
+    mu.save_pretrained(tmp_path / "mu")
+    expected = updates(mu)
+    stacked = torch.cat([expected[f"model.layers.1.self_attn.{part}_proj.weight"]
+                         for part in "qkv"])
+    saved = load_file(tmp_path / "mu/adapter_model.safetensors")
+    A, B = (saved[f"base_model.model.model.layers.1.self_attn.W_pack.lora_{which}.weight"]
+            for which in "AB")
+    assert A.shape == (9, 32) and B.shape == (96, 9)
+    torch.testing.assert_close(2 * B @ A, stacked)
+
+    theirs = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList(
+        torch.nn.ModuleDict({"self_attn": torch.nn.ModuleDict({
+            "W_pack": torch.nn.Linear(32, 96, bias=False),
+            "o_proj": torch.nn.Linear(32, 32, bias=False)}),
+            "mlp": torch.nn.ModuleDict({
+                "gate_proj": torch.nn.Linear(32, 48, bias=False),
+                "up_proj": torch.nn.Linear(32, 48, bias=False),
+                "down_proj": torch.nn.Linear(48, 32, bias=False)})}) for _ in range(2))})})
+    packed = theirs["model"]["layers"][1]["self_attn"]["W_pack"].weight.detach().clone()
+    config = peft.LoraConfig.from_pretrained(tmp_path / "mu")
+    config.task_type = None                            # these are modules, not a language model
+    model = peft.PeftModel.from_pretrained(theirs, tmp_path / "mu", config=config)
+    found = model.merge_and_unload()["model"]["layers"][1]["self_attn"]["W_pack"].weight
+    torch.testing.assert_close(found.detach() - packed, stacked, rtol=1e-4, atol=1e-6)
+
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(Decoder.from_pretrained(tmp_path / "mu")(ids),
+                                   added(plain, mu)(ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_merged_folder_is_a_plain_model(tmp_path, capsys):
+    pytest.importorskip("peft")
+    from scale import lora
+    plain = make_base(tmp_path / "base")
+    mu, _ = adapted(copy.deepcopy(plain), base=tmp_path / "base")
+    mu.save_pretrained(tmp_path / "mu")
+    SafeWorld.tokenizer().save(tmp_path / "mu")
+    lora.main([str(tmp_path / "mu"), str(tmp_path / "merged")])
+    shutil.rmtree(tmp_path / "base")                   # it needs neither the base nor peft
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        torch.testing.assert_close(Decoder.from_pretrained(tmp_path / "merged")(ids),
+                                   added(plain, mu)(ids), rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "merged/adapter_config.json").exists()
+    assert (tmp_path / "merged/tokenizer.json").is_file()
+    assert "exists" in refused(lora.main, [tmp_path / "mu", tmp_path / "merged"], capsys)
+    assert "base" in refused(lora.main, [tmp_path / "mu", tmp_path / "b"], capsys)
+    assert not (tmp_path / "b").exists()
+
+
+# ---- Refusals ------------------------------------------------------------------------------------
+
+def test_refusals(tmp_path, capsys, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    make_base(base)
+    for arguments, words in ((["--lora-rank", 2], "--lora-rank needs --model"),
+                             (["--lora-rank", 0, "--model", base], "--lora-rank cannot be 0"),
+                             (["--lora-rank", 2, "--model", base, "--sft-steps", 5],
+                              "--sft-steps 0")):
+        assert words in refused(train.main, ["--out", out, *arguments], capsys)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        assert "pip install" in refused(
+            train.main, ["--out", out, "--lora-rank", 2, "--model", base], capsys)
+    assert not out.exists()
+
+
+def test_damaged_and_foreign_adapters(tmp_path, capsys):
+    pytest.importorskip("peft")
+    from scale import lora
+    base, mu = tmp_path / "base", tmp_path / "mu"
+    view, _ = adapted(make_base(base), base=base)
+    view.save_pretrained(mu)
+    SafeWorld.tokenizer().save(mu)
+    assert "plain model" in refused(train.main, ["--out", tmp_path / "out", "--model", mu,
+                                                 "--lora-rank", 2], capsys)
+    config, weights = ((mu / name).read_bytes() for name in (lora.CONFIG, lora.WEIGHTS))
+    tensors = load_file(mu / lora.WEIGHTS)
+    first = next(iter(tensors))
+
+    def written(**more):
+        (mu / lora.CONFIG).write_text(json.dumps({**json.loads(config), **more}))
+
+    def stored(**more):
+        found = {name: more.get("all", value) for name, value in tensors.items()}
+        save_file({**found, **more.get("plus", {})}, mu / lora.WEIGHTS)
+
+    cases = [(lambda: (mu / lora.WEIGHTS).write_bytes(weights[:-9]), "is the file whole?"),
+             (lambda: (mu / lora.WEIGHTS).unlink(), lora.WEIGHTS),
+             (lambda: stored(plus={first: tensors[first] * float("nan")}), first),
+             (lambda: stored(plus={first: tensors[first][:1]}), first),
+             (lambda: stored(plus={"other": torch.ones(1)}), "other"),
+             (lambda: (mu / lora.CONFIG).write_text("{"), lora.CONFIG),
+             *((lambda more=more: written(**more), "no adapter that train.py saved")
+               for more in ({"use_dora": True}, {"r": None}, {"lora_alpha": 1}, {"bias": "all"},
+                            {"peft_type": "IA3"}, {"base_model_name_or_path": None}))]
+    for damage, words in cases:
+        (mu / lora.CONFIG).write_bytes(config)
+        (mu / lora.WEIGHTS).write_bytes(weights)
+        damage()
+        assert words in refused(lora.main, [mu, tmp_path / "merged"], capsys)
+        assert not (tmp_path / "merged").exists()
