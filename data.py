@@ -130,9 +130,8 @@ def parse_row(row, origin):
         if not isinstance(row, dict):
             raise ValueError(f"must be a JSON object, not a {type(row).__name__}")
         row = {name: value for name, value in row.items() if value is not None}
-        for name in ("chosen", "rejected"):
-            if name not in row:
-                raise ValueError(f"has no {name}; a row needs chosen and rejected")
+        for name in sorted({"chosen", "rejected"} - row.keys()):
+            raise ValueError(f"has no {name}; a row needs chosen and rejected")
         shape = parse_messages if isinstance(row["chosen"], list) else parse_text
         prompt, chosen, rejected = shape(row)
         roles = [turn["role"] for turn in prompt if isinstance(prompt, list)]
@@ -173,9 +172,8 @@ def parse_text(row):
         if not rejected.startswith(prompt) or ASSISTANT in rejected[len(prompt):]:
             prompt = ""                                            # they part before the last reply
     else:
-        for name in ("question", "query", "input", "context", "messages"):
-            if row.get(name):
-                raise ValueError(f"has {name}, but no prompt; name what is asked prompt")
+        for name in filter(row.get, ("question", "query", "input", "context", "messages")):
+            raise ValueError(f"has {name}, but no prompt; name what is asked prompt")
         prompt = os.path.commonprefix([chosen, rejected]).removesuffix(" ")  # the next word's
     return prompt, chosen[len(prompt):], rejected[len(prompt):]
 
@@ -567,19 +565,24 @@ def batches(rows, batch_size, seed, start=0):
         yield [rows[i] for i in itertools.islice(order, batch_size)]
 
 
-def micro_batches(rows, max_tokens):
-    """PairBatches of the rows, shortest first, cut at `max_tokens` tokens (a longer row is a batch
-    by itself; None: a single batch)."""
+def micro_batches(rows, max_tokens, device="cpu"):
+    """PairBatches of the rows, see groups."""
+    return (PairBatch.from_ids(some).to(device) for some in groups(rows, max_tokens))
+
+
+def groups(rows, max_tokens):
+    """The rows in lists, shortest first, cut at `max_tokens` tokens (a longer row is a list by
+    itself; None: a single list)."""
     def tokens(row):
         return sum(len(ids) for ids in row if ids is not None)
 
-    groups, room = [], 0
+    found, room = [], 0
     for row in sorted(rows, key=tokens):
-        if not groups or max_tokens is not None and tokens(row) > room:
-            groups, room = groups + [[]], max_tokens or 0
-        groups[-1].append(row)
+        if not found or max_tokens is not None and tokens(row) > room:
+            found, room = found + [[]], max_tokens or 0
+        found[-1].append(row)
         room -= tokens(row)
-    return map(PairBatch.from_ids, groups)
+    return found
 
 
 # ---- The safe world: a simulated stand-in for the paper's private "safe world view" data ---------

@@ -46,8 +46,8 @@ TABLE = {                   # title of a column: what stands in it; README.md sa
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
     columns = []
-    for batch in micro_batches(rows, max_tokens=1536):
-        columns.append(torch.stack(response_logps(model, batch.to(model.device))).cpu())    # (2, B)
+    for batch in micro_batches(rows, 1536, model.device):
+        columns.append(torch.stack(response_logps(model, batch)).cpu())             # (2, B)
         bar.update(len(batch))
     return torch.cat(columns, dim=1)
 
@@ -117,13 +117,15 @@ def examine(runs, options):
     world, name, prompts, rows, notes = questions(runs, options)
     results = [{label: ask(folder, run.tokenizer, prompts, pairs, options)
                 for label, folder in run.models.items()} for run, pairs in zip(runs, rows)]
-    named = {f"{run.name} {label}": model for run, said in zip(runs, results)
-             for label, model in said.items()}
+    samples = [{"prompt": prompt, "answers": {}} for prompt in prompts[:3]]
     reports, first = [], results[0]["protagonist"]
     for run, said in zip(runs, results):
         start, mu, models = said["SFT"], said["protagonist"], {}
         env = {"SFT": start, "protagonist": said.get("adversary", start), "adversary": mu}
         for label, model in said.items():
+            notes.append(model["note"])
+            for sample, (text, _) in zip(samples, model["sampled"]):
+                sample["answers"][f"{run.name} {label}"] = text
             margin, spread, accuracy = margins(model, start)
             margin_env, spread_env, _ = margins(model, env[label])
             models[label] = {
@@ -135,12 +137,9 @@ def examine(runs, options):
                         "seed": run.config["seed"], **models["protagonist"], "models": models})
         if run is not runs[0]:
             reports[-1]["first_against_this"] = compare(first, mu, prompts, world)
-    notes = [*dict.fromkeys([*notes, *(model["note"] for model in named.values())])]
-    samples = [{"prompt": prompt, "answers": {label: model["sampled"][number][0]
-                                              for label, model in named.items()}}
-               for number, prompt in enumerate(prompts[:3])]
-    report = {"data": name, "notes": notes, "prompts": len(prompts), "seed": options.seed,
-              "temperature": options.temperature, "runs": reports, "samples": samples}
+    report = {"data": name, "notes": [*dict.fromkeys(notes)], "prompts": len(prompts),
+              "seed": options.seed, "temperature": options.temperature, "runs": reports,
+              "samples": samples}
     if options.json:
         return print(json.dumps(report, indent=2))
     print_report(report)
@@ -158,8 +157,8 @@ def quality(result, prompts, world):
     """Length, and in the safe world true reward and bad cases, of one model's answers."""
     def average(judge, answers):
         judged = [] if world is None else zip(prompts, result[answers])
-        return mean(getattr(world, judge)(prompt, text) for prompt, (text, _) in judged)
-    return {"tokens": mean(tokens for _, tokens in result["sampled"]),
+        return mean([getattr(world, judge)(prompt, text) for prompt, (text, _) in judged])
+    return {"tokens": mean([tokens for _, tokens in result["sampled"]]),
             "reward": average("true_reward", "sampled"),
             "reward_greedy": average("true_reward", "greedy"),
             "bad_rate": average("is_bad", "sampled")}
@@ -184,7 +183,6 @@ def tally(scores, tie=0.0):
 
 
 def mean(numbers):
-    numbers = list(numbers)
     return sum(numbers) / len(numbers) if numbers else None
 
 
@@ -267,7 +265,7 @@ def compare_scores(_, options):
     report = {"prompts": sum(counts.values()), "tie_at_most": options.tie, "bad_at_most":
               options.bad, **counts, "p_sign_test": min(1.0, 2 * tail), "runs": {}}     # two-sided
     for run, some in scores.items():
-        rate = None if options.bad is None else mean(score <= bad for score in some)
+        rate = None if options.bad is None else mean([score <= bad for score in some])
         report["runs"][run] = {"mean_score": mean(some), "bad_rate": rate}
     if options.json:
         return print(json.dumps(report, indent=2))

@@ -11,8 +11,6 @@ AGENT, ENV       the player that trains, and the frozen other one (the reference
 y_w, y_l         chosen and rejected as AGENT sees them: the adversary prefers what was rejected
 rho              log pi_AGENT(y|x) - log pi_ENV(y|x), the log-ratio of one response
 h                rho(y_w) - rho(y_l);  beta * h is the implicit-reward margin
-
-Two ways in: `iopo_loss` is the method for one player, `turns` says whose turn it is.
 """
 
 import math
@@ -102,11 +100,10 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     return -r * F.logsigmoid(margin)                                                      # Eq. 14
 
 
-def iopo_weight(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps, **readings):
-    """The r of `iopo_loss` under the same readings (eps, clip, ratio, rejected_lengths), (B,).
+def iopo_weight(*logps, **readings):
+    """The r of `iopo_loss` for its four logps and readings (eps, clip, ratio, ...), (B,).
 
     Where beta is 0 so is the margin, and Eq. 14 is r * log 2. clip="none" gives r before Eq. 12."""
-    logps = chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
     return iopo_loss(*logps, beta=0.0, **readings).detach() / math.log(2)
 
 
@@ -187,10 +184,8 @@ LOSSES = {"iopo": iopo_loss, "dpo": dpo_loss, "hinge": hinge_loss, "ipo": ipo_lo
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
 
 # How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls
-# the game zero-sum and prints minus signs in Eq. 12 and 13, but gives one loss for both players
-# (Algorithm 1, lines 5 and 10) and lets the adversary prefer y_l. That is "swapped". With r = 1 it
-# is a game of common interest: exchanging both the labels and the reference leaves h as it was, so
-# both players push the same h up, mu by learning y_w and nu by learning y_l.
+# the game zero-sum, but gives both players one loss (Algorithm 1, lines 5 and 10) and lets the
+# adversary prefer y_l: "swapped". With r = 1 both push the same h up, mu by y_w and nu by y_l.
 ADVERSARIES = {"swapped": (True, +1), "negated": (False, -1), "same": (False, +1)}
 
 

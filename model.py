@@ -44,7 +44,7 @@ class Decoder(nn.Module):
             nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
         for name, parameter in self.named_parameters():             # the norms keep their ones
-            if parameter.dim() == 2 and not parameter.is_meta:      # load_model brings the values
+            if parameter.dim() == 2 and not parameter.is_meta:      # from_pretrained brings them
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
@@ -82,12 +82,25 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """Read a Hugging Face folder; weights become float32. ValueError where it cannot be."""
-        return load_model(folder, dtype)
+        """Read a Hugging Face folder; its weights become `dtype`. ValueError where it cannot be."""
+        folder = Path(folder)
+        if (folder / "adapter_config.json").is_file():              # a player of --lora-rank
+            from scale.lora import merged
+            return merged(folder).to(dtype)
+        with torch.device("meta"):                  # no memory until the checkpoint's tensors
+            model = cls(DecoderConfig.from_json(folder / "config.json"))
+        model.load_state_dict(dict(read_weights(model, folder, dtype)), assign=True)
+        return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, or its shards and their index."""
-        save_model(self, folder)
+        from huggingface_hub import save_torch_state_dict           # comes with tokenizers
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        weights = self.state_dict()
+        tensors = {name: torch.cat([weights[part] for part in parts]) if len(parts) > 1 else
+                   weights[parts[0]] for name, parts in checkpoint_names(self).items()}
+        save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
+        self.config.to_json(Path(folder) / "config.json", next(self.parameters()).dtype)
 
 
 class Block(nn.Module):
@@ -96,12 +109,16 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
+            "up_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
+            "down_proj": nn.Linear(config.intermediate_size, config.hidden_size, bias=False)})
 
     def forward(self, x, cos, sin, attend, wanted):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)           # (B, T, D)
         x = x[:, wanted]                                                            # (B, Q, D)
-        return x + self.mlp(self.post_attention_layernorm(x))                       # (B, Q, D)
+        y, mlp = self.post_attention_layernorm(x), self.mlp                         # (B, Q, D)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))         # SwiGLU
 
 
 class Attention(nn.Module):
@@ -127,17 +144,6 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)                      # (B, K, T, d)
         read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, H, T, d)
         return self.o_proj(read.transpose(1, 2).flatten(2))                         # (B, T, D)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))          # SwiGLU
 
 
 def rotary(positions, config):
@@ -195,9 +201,8 @@ def causal(attention_mask, T):
         raise ValueError(f"attention_mask must be boolean, not {attention_mask.dtype}")
     if attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None]                                    # (B, 1, T)
-    place = torch.arange(T, device=attention_mask.device)
-    earlier, itself = place[:, None] > place, place[:, None] == place               # (T, T)
-    return (attention_mask & earlier | itself)[:, None]                             # (B, 1, T, T)
+    itself = torch.eye(T, dtype=torch.bool, device=attention_mask.device)           # (T, T)
+    return (attention_mask.expand(-1, T, T).tril() | itself)[:, None]               # (B, 1, T, T)
 
 
 # ---- Response log-probabilities ------------------------------------------------------------------
@@ -393,8 +398,7 @@ def flattened(source):
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rotary positions {rope!r} are not computed here, only one JSON object "
                          "for all layers")
-    raw = {name: value for part in (source, rope) for name, value in part.items()
-           if value is not None}
+    raw = {name: value for name, value in [*source.items(), *rope.items()] if value is not None}
     original = source.get(ORIGINAL) or raw.get(ORIGINAL) or raw.get("max_position_embeddings")
     heads = raw.get("num_attention_heads")
     return {"rope_type": raw.get("type", "default"), "num_key_value_heads": heads,
@@ -428,44 +432,26 @@ SHARD_BYTES = 5 * 10**9
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def load_model(folder, dtype):
-    """Besides the model one tensor at most is in memory, the largest first, while there is room."""
-    folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():      # a player of --lora-rank
-        from scale.lora import merged
-        return merged(folder).to(dtype)
-    config = DecoderConfig.from_json(folder / "config.json")
-    with torch.device("meta"):                          # no memory until the checkpoint's tensors
-        model = Decoder(config)
+def read_weights(model, folder, dtype):
+    """Yield (parameter's name, values): besides what was yielded one tensor is in memory (where the
+    embeddings are stored twice, two), the largest first, while there is room."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    table, files = checkpoint_names(model), tensor_files(folder)
-    if config.tie_word_embeddings and "lm_head.weight" in files:    # some store it twice
-        table["lm_head.weight"] = ["model.embed_tokens.weight"]
+    table, files, head = checkpoint_names(model), tensor_files(folder), "lm_head.weight"
+    again = files.pop(head, None) if model.config.tie_word_embeddings else None
     for name in sorted(table.keys() ^ files.keys()):
         raise ValueError(f"{folder}: tensor {name} is " +
                          ("missing" if name in table else "not part of this model"))
-    weights = {}
     for name in sorted(table, key=lambda name: -sum(shapes[part].numel() for part in table[name])):
         rows = [shapes[part][0] for part in table[name]]
         shape = sum(rows), *shapes[table[name][0]][1:]
         # the tensor has no name here, so that its file is closed before the next one is read
         for part, piece in zip(table[name], read_tensor(files[name], name, shape).split(rows)):
             piece = piece.to(dtype, copy=True)
-            if not torch.equal(piece, weights.setdefault(part, piece)):
+            if again is not None and part == "model.embed_tokens.weight" and not torch.equal(
+                    piece, read_tensor(again, head, piece.shape).to(dtype)):
                 raise ValueError(f"{folder}: config.json ties lm_head to the embeddings, but their "
                                  "weights differ")
-    model.load_state_dict(weights, assign=True)
-    return model
-
-
-def save_model(model, folder):
-    from huggingface_hub import save_torch_state_dict               # comes with tokenizers
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    weights = model.state_dict()
-    tensors = {name: torch.cat([weights[part] for part in parts]) if len(parts) > 1 else
-               weights[parts[0]] for name, parts in checkpoint_names(model).items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=SHARD_BYTES)
-    model.config.to_json(Path(folder) / "config.json", next(model.parameters()).dtype)
+            yield part, piece
 
 
 def checkpoint_names(model):

@@ -3677,7 +3677,8 @@ def test_copy_this_is_algorithm_1():
 
 
 def test_readme_names_what_exists(capsys):
-    readme, known = (HERE / "README.md").read_text(encoding="utf-8"), {"--help", "--local-dir"}
+    readme, known = (HERE / "README.md").read_text(encoding="utf-8"), {"--help"}
+    known |= {"--local-dir", "--nproc-per-node"}       # of hf and torchrun
     for main in (train.main, examination.main):
         with pytest.raises(SystemExit):
             main(["--help"])

@@ -4,9 +4,6 @@
     python train.py --method dpo --out runs/dpo           # any baseline, by the same loop
     python train.py --model MODEL --data DATA --out runs/mine     # paths, or names on the hub
     python train.py --out runs/mine --resume              # goes on where a killed run stopped
-
-A method is a loss and a schedule. Whose turn it is and which pairs a step sees follow from the
-step's number and the seed, so a checkpoint is the players: weights, moments, steps made.
 """
 
 import argparse
@@ -15,6 +12,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import sys
 import typing
@@ -80,13 +78,13 @@ class Config:
 def train(job, look=None):
     """Algorithm 1 in the run folder, from its checkpoint if it has one. Every --look-every steps
     what `look(job, step, iteration, player)` returns joins the step's row of metrics.jsonl."""
-    config, out, look = job.config, Path(job.config.out), look or held_out_look
+    config, look = job.config, look or held_out_look
     sft, mu, nu = (job.players[name] for name in ("sft", "protagonist", "adversary"))
     roles = {"sft": (sft, None),                 # mu alone, on chosen answers; its copy is then nu
              "protagonist": (mu, nu),            # lines 3 to 5: AGENT mu, ENV nu
              "adversary": (nu, mu)}              # lines 8 to 10: AGENT nu, ENV mu
     schedule = [(0, "sft")] * config.sft_steps + [*turns(config.n_iter, config.n_mu, config.n_nu)]
-    done, file = load_checkpoint(job, len(schedule))
+    done, file = job.load(len(schedule))
     if done == config.sft_steps:                 # no SFT, or a resumed run has just ended it
         begin(job)
     with file, tqdm(total=len(schedule), initial=done) as bar:
@@ -99,18 +97,18 @@ def train(job, look=None):
                 metrics |= look(job, step, iteration, name)
             log(file, bar, {"step": step, "iteration": iteration, "player": name, **metrics})
             if step == len(schedule) or config.save_every and step % config.save_every == 0:
-                save_checkpoint(job, step)
-    save_player(out / "protagonist", mu, job.tokenizer)                         # line 12
+                job.save(step)
+    job.save_player("protagonist")                                              # line 12
     if config.n_nu:
-        save_player(out / "adversary", nu, job.tokenizer)
+        job.save_player("adversary")
 
 
 def optimizer_step(agent, env, rows, config):
     """One step of AGENT on the mean loss over all `rows`, in micro-batches, with ENV frozen.
     ENV reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
     seen = []
-    for batch in micro_batches(rows, config.micro_tokens):
-        batch, env_logps = batch.to(agent.model.device), (None, None)
+    for batch in agent.micro_batches(rows):
+        env_logps = None, None
         if agent.loss != "sft":
             with torch.no_grad():                                   # ENV is frozen here
                 env_logps = env.logps(batch)                        # (B,), (B,)
@@ -118,11 +116,11 @@ def optimizer_step(agent, env, rows, config):
         loss, known = LOSSES[agent.loss], {**vars(config), **vars(batch)}
         options = {name: known[name] for name in inspect.getfullargspec(loss).kwonlyargs}
         losses = agent.sign * loss(*logps, *env_logps, **options)   # (B,)
-        (losses.sum() / len(rows)).backward()
+        agent.backward(losses.sum() / len(rows))
         seen.append((losses, *logps, *env_logps, batch.rejected_lengths))
     grad_norm = agent.update()
     seen = [None if part[0] is None else torch.cat(part).detach() for part in zip(*seen)]
-    return {**measure(agent.loss, config, *seen), "grad_norm": grad_norm}
+    return {**measure(agent.loss, config, *agent.gather(seen)), "grad_norm": grad_norm}
 
 
 class Player:
@@ -140,15 +138,28 @@ class Player:
         self.steps = steps
         self.pairs = batches(self.rows, self.config.batch_size, self.config.seed, start=steps)
 
+    def micro_batches(self, rows):
+        return micro_batches(rows, self.config.micro_tokens, self.model.device)
+
     def logps(self, batch):
         """log pi(y_w|x) and log pi(y_l|x) of a PairBatch, (B,) each, float32."""
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             return response_logps(self.model, batch)
 
+    def backward(self, loss):
+        loss.backward()
+
+    def gather(self, seen):
+        """Of a step: tensors of all pairs, from those that this process has seen."""
+        return seen
+
+    def clip(self):
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
     def update(self):
         """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = self.clip()
         if not norm.isfinite():
             raise FloatingPointError("the gradient is not finite; try a smaller --lr")
         self.optimizer.step()
@@ -182,7 +193,7 @@ def begin(job):
     nu.model.load_state_dict(sft.model.state_dict())
     sft.optimizer.state.clear()
     if job.config.sft_steps or job.config.model is None:
-        save_player(Path(job.config.out) / "sft", sft, job.tokenizer)
+        job.save_player("sft")
     if job.config.look_every:
         job.start = held_out_logps(job)
 
@@ -209,12 +220,10 @@ def held_out_logps(job):
 
 def find_run(given, resume):
     """The options of the run that is in --out already; None: a new one, numbered without --out."""
-    if "out" not in given:
-        if resume:
-            raise ValueError("--resume needs --out, the run to go on with")
-        names = (f"runs/{given.get('method', Config.method)}-{k}" for k in range(1, sys.maxsize))
-        given["out"] = next(name for name in names if not Path(name).exists())
-    out = Path(given["out"])
+    if resume and "out" not in given:
+        raise ValueError("--resume needs --out, the run to go on with")
+    names = (f"runs/{given.get('method', Config.method)}-{k}" for k in range(1, sys.maxsize))
+    out = Path(given.setdefault("out", next(name for name in names if not Path(name).exists())))
     if not out.exists() or out.is_dir() and {path.suffix for path in out.iterdir()} <= {".partial"}:
         return None
     if not resume:
@@ -234,48 +243,80 @@ def save_config(config):
     replace_file(Path(config.out) / "config.json", text.encode())
 
 
-def save_player(folder, player, tokenizer):
-    """A Hugging Face folder, complete or not there at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    player.model.save_pretrained(partial)
-    tokenizer.save(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+@dataclasses.dataclass
+class Job:
+    """A run: what trains, and its folder. scale/shard.py has another kind, of several processes."""
+    config: Config
+    tokenizer: Tokenizer
+    players: dict                       # "sft" and "protagonist", of one model, and "adversary"
+    held_out: list                      # rows that --look-every looks at
+    fingerprint: str                    # of the training pairs and of those
+    start: torch.Tensor | None = None   # what the start says of those, see held_out_logps
+    player = Player                     # what its players are
+    command = "python train.py"         # what goes on with it
 
+    @staticmethod
+    def models(config, shape, folder):
+        """The protagonist's and the adversary's: of these weights, new ones without a folder."""
+        torch.manual_seed(config.seed)
+        dtype = getattr(torch, config.backbone_dtype if config.lora_rank else "float32")
+        model = Decoder.from_pretrained(folder, dtype) if folder else Decoder(shape)
+        model.to(find_device(config.device))
+        model.gradient_checkpointing = config.gradient_checkpointing
+        if config.lora_rank:
+            from scale.lora import adapters
+            return adapters(model, config)
+        return model, copy.deepcopy(model)
 
-def save_checkpoint(job, step):
-    """All that a resumed run cannot work out from its config: one file, replaced in one move."""
-    state = {"step": step, "data": job.fingerprint, "start": job.start, "players": {
-        name: (player.model.state_dict(), player.optimizer.state_dict(), player.steps)
-        for name, player in job.players.items()}}
-    path = Path(job.config.out) / "checkpoint/state.pt.partial"
-    path.parent.mkdir(exist_ok=True)
-    torch.save(state, path)
-    path.replace(path.with_suffix(""))
+    def finish(self):
+        """What there is to do after training, before the run is examined: nothing."""
 
+    def save_player(self, name):
+        """A Hugging Face folder, complete or not there at all."""
+        folder = Path(self.config.out) / name
+        partial = folder.with_name(f"{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.players[name].model.save_pretrained(partial)
+        self.tokenizer.save(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
-def load_checkpoint(job, steps):
-    """Go to the checkpoint of a run of so many steps, if any: (steps done, metrics.jsonl, open)."""
-    out, done, lines = Path(job.config.out), 0, []
-    path, metrics = out / "checkpoint/state.pt", out / "metrics.jsonl"
-    if path.exists():
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            done, job.start = state["step"], state["start"]
-            for name, player in job.players.items():
-                weights, moments, made = state["players"][name]
-                player.model.load_state_dict(weights)
-                player.optimizer.load_state_dict(moments)
-                player.start_at(made)
-            lines = metrics.read_bytes().splitlines(keepends=True)
-            if state["data"] != job.fingerprint or done > min(steps, len(lines)):
-                raise ValueError
-        except Exception:                                      # a damaged file can raise anything
-            raise ValueError(f"{path}: damaged, or does not fit the pairs, config.json and "
-                             "metrics.jsonl; resume needs all of them as they were") from None
-    replace_file(metrics, b"".join(lines[:done]))
-    return done, metrics.open("a", buffering=1)                      # by lines
+    def save(self, step):
+        """All that a resumed run cannot work out from its config: one file, put in one move."""
+        state = {"step": step, "data": self.fingerprint, "start": self.start, "players": {
+            name: (player.model.state_dict(), player.optimizer.state_dict(), player.steps)
+            for name, player in self.players.items()}}
+        path = Path(self.config.out) / "checkpoint/state.pt.partial"
+        path.parent.mkdir(exist_ok=True)
+        torch.save(state, path)
+        path.replace(path.with_suffix(""))
+
+    def load(self, steps):
+        """Go to the checkpoint of a run of so many steps: (steps done, metrics.jsonl)."""
+        out, done, lines = Path(self.config.out), 0, []
+        path, metrics = out / "checkpoint/state.pt", out / "metrics.jsonl"
+        if path.exists():
+            try:
+                done, fingerprint = self.read(path)
+                lines = metrics.read_bytes().splitlines(keepends=True)
+                if fingerprint != self.fingerprint or done > min(steps, len(lines)):
+                    raise ValueError
+            except Exception:                                  # a damaged file can raise anything
+                raise ValueError(f"{path}: damaged, or does not fit the pairs, config.json and "
+                                 "metrics.jsonl; resume needs all of them as they were") from None
+        replace_file(metrics, b"".join(lines[:done]))
+        return done, metrics.open("a", buffering=1)                  # by lines
+
+    def read(self, path):
+        """Go to a checkpoint; returns its step and fingerprint."""
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, player in self.players.items():
+            weights, moments, made = state["players"][name]
+            player.model.load_state_dict(weights)
+            player.optimizer.load_state_dict(moments)
+            player.start_at(made)
+        self.start = state["start"]
+        return state["step"], state["data"]
 
 
 def log(file, bar, row):
@@ -299,17 +340,7 @@ IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu",
          ("lora_rank", None, ("backbone_dtype",))]
 
 
-@dataclasses.dataclass
-class Job:
-    config: Config
-    tokenizer: Tokenizer
-    players: dict                       # "sft" and "protagonist", of one model, and "adversary"
-    held_out: list                      # rows that --look-every looks at
-    fingerprint: str                    # of the training pairs and of those
-    start: torch.Tensor | None = None   # what the start says of those, see held_out_logps
-
-
-def prepare(config):
+def prepare(config, kind=Job):
     """A Job: reads everything, writes nothing."""
     if config.data is None:
         world = SafeWorld(config.seed)
@@ -319,7 +350,7 @@ def prepare(config):
         pairs, held_out, note = load_data(config.data, config.held_out, config.leave_out)
         drafts = []
         print(note)
-    tokenizer, model = start_model(config)
+    tokenizer, shape, folder = find_start(config)
     (rows, held_out, drafts), _, reports = zip(*(
         encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts)))
     drawn = f"\nwritten answers, for SFT: {reports[2]}" if drafts else ""
@@ -330,34 +361,25 @@ def prepare(config):
     fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
     sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
-    model.to(find_device(config.device))
-    model.gradient_checkpointing = config.gradient_checkpointing
-    if config.lora_rank:
-        from scale.lora import adapters
-        model, other = adapters(model, config)
-    else:
-        other = copy.deepcopy(model)
+    model, other = kind.models(config, shape, folder)
     exchange, sign = ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
-    players = {"sft": Player(model, sft_rows, "sft", config.sft_lr, config),
-               "protagonist": Player(model, rows, config.method, config.lr, config),
-               "adversary": Player(other, theirs, config.method, config.lr, config, sign)}
-    return Job(config, tokenizer, players, held_out, fingerprint)
+    players = {"sft": kind.player(model, sft_rows, "sft", config.sft_lr, config),
+               "protagonist": kind.player(model, rows, config.method, config.lr, config),
+               "adversary": kind.player(other, theirs, config.method, config.lr, config, sign)}
+    return kind(config, tokenizer, players, held_out, fingerprint)
 
 
-def start_model(config):
-    """(tokenizer, model) that the run starts from; resolves --max-length."""
+def find_start(config):
+    """(tokenizer, DecoderConfig, folder or None) of the first model; resolves --max-length."""
     tokenizer = world = SafeWorld.tokenizer()
-    if config.model is None:
-        torch.manual_seed(config.seed)
-        model = Decoder(DecoderConfig(vocab_size=world.largest_id + 1, eos_token_id=world.eos_id,
-                                      bos_token_id=world.bos_id, **WORLD_MODEL))
-    else:
+    folder, shape = None, DecoderConfig(
+        world.largest_id + 1, eos_token_id=world.eos_id, bos_token_id=world.bos_id, **WORLD_MODEL)
+    if config.model is not None:
         folder = find_source(config.model)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        dtype = getattr(torch, config.backbone_dtype if config.lora_rank else "float32")
-        model = Decoder.from_pretrained(folder, dtype)
-    ids, context = model.config.vocab_size, model.config.max_position_embeddings
+        tokenizer, shape = Tokenizer.from_pretrained(folder), DecoderConfig.from_json(
+            folder / "config.json")
+    ids, context = shape.vocab_size, shape.max_position_embeddings
     config.max_length = config.max_length or min(context, 1024)
     if config.data is None and tokenizer.files["tokenizer.json"] != world.files["tokenizer.json"]:
         raise ValueError(f"--model {config.model} needs --data: it is no model of the safe world")
@@ -365,7 +387,7 @@ def start_model(config):
         raise ValueError(f"{config.model}: its tokenizer has more ids than the embeddings, {ids}")
     if config.max_length > context:
         raise ValueError(f"--max-length {config.max_length}: the model has {context} positions")
-    return tokenizer, model
+    return tokenizer, shape, folder
 
 
 def flag_of(name):
@@ -387,8 +409,7 @@ def make_config(options, given=None):
         if getattr(config, name) is not None and getattr(config, other) is None:
             raise ValueError(f"{flag_of(name)} needs {flag_of(other)}")
     if config.lora_rank and config.sft_steps:
-        raise ValueError("--lora-rank needs --sft-steps 0: adapters stand on an SFT model, which "
-                         "--method sft trains first; give its folder as --model")
+        raise ValueError("--lora-rank needs --sft-steps 0: train its SFT model by --method sft")
     read = {method: {*inspect.getfullargspec(loss).kwonlyargs, "micro_tokens"}
             for method, loss in LOSSES.items()}
     read["iopo"] |= {"n_nu", "adversary"}
@@ -427,7 +448,7 @@ def parse_arguments(arguments):
     return vars(parser.parse_args(arguments))
 
 
-def main(arguments=None):
+def main(arguments=None, kind=Job):
     job = None
     try:
         given = parse_arguments(arguments)
@@ -439,7 +460,7 @@ def main(arguments=None):
         if found and Path(config.out, "adversary" if config.n_nu else "protagonist").is_dir():
             print(f"{config.out} is finished; examine it by: python eval.py {config.out}")
             return
-        job = prepare(config)
+        job = prepare(config, kind)
         if not found:
             save_config(config)
         print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
@@ -448,12 +469,13 @@ def main(arguments=None):
         if idle:
             print(f"without effect in this run: {', '.join(idle)}", flush=True)
         train(job)
+        job.finish()
         job = None                                                  # eval.py loads one at a time
         import eval
         eval.main(["--device", config.device, "--", config.out])    # the closing table
     except KeyboardInterrupt:
         if job is not None:
-            print(f"stopped; go on by: python train.py --out {config.out} --resume",
+            print(f"stopped; go on by: {kind.command} --out {config.out} --resume",
                   file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
@@ -463,4 +485,7 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")               # for a terminal that lacks some
+    if "TORCHELASTIC_RUN_ID" in os.environ:                         # torchrun started it
+        from scale import shard
+        sys.exit(shard.main())
     main()

@@ -63,7 +63,7 @@ class Run:
         config = self.config
         steps = (self.rounds or config.n_iter) * (config.n_mu + config.n_nu)
         looks = sum(step <= (self.rounds or config.n_iter) * config.n_mu for step in LOOKS)
-        return (3 + 0.05 * config.sft_steps + 0.09 * steps + 5 * self.rounds
+        return (3 + 0.05 * config.sft_steps + 0.09 * steps + 12 * self.rounds
                 + 2.5 * (looks if self.sft else 1 + len(COOLER)))
 
 

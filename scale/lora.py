@@ -9,6 +9,7 @@ peft.PeftModel.from_pretrained puts it onto the same backbone in transformers.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -36,14 +37,25 @@ def adapters(decoder, config):
         raise ValueError(f"--model {config.model} is an adapter itself; make it a plain model by "
                          f"python -m scale.lora {config.model} FOLDER")
     base, views = str(here.resolve()) if here.exists() else config.model, []
-    torch.manual_seed(config.seed)
     for name in ("protagonist", "adversary"):
         own = LoraConfig(**lora_options(config.lora_rank, PROJECTIONS))
         inject_adapter_in_model(own, decoder, name)
         del decoder.peft_config                        # peft would warn of the second adapter
         cast_adapter_dtype(decoder, name)              # float32, whatever the backbone is
-        views.append(Adapted(decoder, name, base))
+        views.append(Adapted(decoder, name, base, config.lora_rank))
+        if decoder.device.type != "meta":              # else scale/shard.py brings them
+            views[-1].load_state_dict(first_weights(views[-1], config.seed))
     return views
+
+
+def first_weights(view, seed):
+    """{name: A or B}: A as peft draws it, but the same for both players, and B 0."""
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, parameter in view.named_parameters():
+        found[name] = torch.zeros(parameter.shape)
+        if name.endswith("lora_A"):
+            torch.nn.init.kaiming_uniform_(found[name], a=math.sqrt(5), generator=generator)
+    return found
 
 
 def lora_options(rank, modules):
@@ -58,8 +70,8 @@ class Adapted:
     Which adapter acts is a state of the decoder, so every use begins by setting it. The backward
     pass may compute layers again; it comes to `hidden` before them, where a hook sets it too."""
 
-    def __init__(self, decoder, name, base):
-        self.decoder, self.name, self.base = decoder, name, base
+    def __init__(self, decoder, name, base, rank):
+        self.decoder, self.name, self.base, self.rank = decoder, name, base, rank
         self.config, self.head = decoder.config, decoder.head
 
     def use(self, *_):
@@ -79,21 +91,21 @@ class Adapted:
     def device(self):
         return self.decoder.device
 
-    def named(self):
-        """{"layer.lora_A": A, "layer.lora_B": B}, the parameters."""
-        return {name.removesuffix(f".{self.name}.weight"): parameter
-                for name, parameter in self.decoder.named_parameters()
-                if name.endswith(f".{self.name}.weight")}
+    def named_parameters(self):
+        """("layer.lora_A", A), ("layer.lora_B", B), ..."""
+        end = f".{self.name}.weight"
+        return [(name.removesuffix(end), parameter)
+                for name, parameter in self.decoder.named_parameters() if name.endswith(end)]
 
     def parameters(self):
-        return list(self.named().values())
+        return [parameter for _, parameter in self.named_parameters()]
 
     def state_dict(self):
-        return {name: parameter.detach() for name, parameter in self.named().items()}
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
     @torch.no_grad()
     def load_state_dict(self, weights):
-        for name, parameter in self.named().items():
+        for name, parameter in self.named_parameters():
             parameter.copy_(weights[name])
 
     def save_pretrained(self, folder):
@@ -112,11 +124,11 @@ class Adapted:
             if which == "A" and len(some) > 1:
                 ranks[there.rsplit(".", 1)[1]] = len(joined)
         modules = sorted({there.rsplit(".", 1)[1] for there, _ in parts})
-        rank = len(next(iter(self.named().values())))
-        own = LoraConfig(**lora_options(rank, modules), rank_pattern=ranks,
+        own = LoraConfig(**lora_options(self.rank, modules), rank_pattern=ranks,
                          alpha_pattern={name: SCALE * rank for name, rank in ranks.items()},
                          base_model_name_or_path=self.base, inference_mode=True)
         own.save_pretrained(folder)
+        self.config.to_json(Path(folder) / "config.json", torch.float32)   # the backbone's
         save_file(tensors, Path(folder) / WEIGHTS, metadata={"format": "pt"})
 
 

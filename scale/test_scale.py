@@ -1,10 +1,14 @@
-"""Proof of scale/: adapters. What needs peft or transformers says so when it is skipped."""
+"""Proof of scale/: adapters and shards. What needs peft or transformers says so when skipped."""
 
 import copy
 import json
+import os
+import random
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,14 +55,14 @@ def adapted(decoder, rank=3, base="base", random=True):
     views = lora.adapters(decoder, config)
     for number, view in enumerate(views if random else []):
         torch.manual_seed(10 + number)
-        for name, parameter in view.named().items():
+        for name, parameter in view.named_parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     return views
 
 
 def updates(view):
     """{name of W: 2 B A}, by hand."""
-    named = view.named()
+    named = dict(view.named_parameters())
     return {name.replace(".lora_A", ".weight"): 2 * named[name.replace("_A", "_B")].detach() @ A
             for name, A in view.state_dict().items() if name.endswith("_A")}
 
@@ -109,7 +113,7 @@ def test_an_adapter_is_w_plus_two_b_a():
         expected.backward()
         found.backward()
         full, named = {name: parameter.grad for name, parameter in model.named_parameters()}, \
-            view.named()
+            dict(view.named_parameters())
         for name, A in named.items():
             if name.endswith("_A"):
                 B, G = named[name.replace("_A", "_B")], full[name.replace(".lora_A", ".weight")]
@@ -131,7 +135,7 @@ def test_every_projection_but_the_head_is_adapted(tied):
     linear = {name for name, module in decoder.named_modules()
               if isinstance(module, torch.nn.Linear)} - {"lm_head"}
     mu, _ = adapted(decoder, random=False)
-    named, batch = mu.named(), PairBatch.from_ids(ROWS)
+    named, batch = dict(mu.named_parameters()), PairBatch.from_ids(ROWS)
     assert {name.rsplit(".", 1)[0] for name in named} == linear and len(linear) == 7 * 2
     before = torch.stack(response_logps(mu, batch))
     for name, parameter in named.items():
@@ -336,6 +340,110 @@ def test_a_merged_folder_is_a_plain_model(tmp_path, capsys):
     assert "exists" in refused(lora.main, [tmp_path / "mu", tmp_path / "merged"], capsys)
     assert "base" in refused(lora.main, [tmp_path / "mu", tmp_path / "b"], capsys)
     assert not (tmp_path / "b").exists()
+
+
+# ---- Several processes ---------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import eval, train
+from scale import shard
+train.WORLD_PAIRS, train.LOOKED_AT, eval.EXAM_PAIRS = 60, 20, 20
+made, original = [], train.optimizer_step
+
+def step(*arguments):
+    made.append(1)
+    if len(made) == int(os.environ.get("DIES_AT", 0)) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+
+train.optimizer_step = step
+shard.main()
+"""
+
+
+def torchrun(folder, processes, *arguments, script=None, **environment):
+    """(exit code, standard error) of train.py under torchrun, in the small world."""
+    if script is None:
+        script = folder / "driver.py"
+        script.write_text(DRIVER.format(root=str(ROOT)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(processes), str(script), *map(str, arguments)], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=300)
+    return done.returncode, done.stderr
+
+
+def steps_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def far(one, other, file):
+    """The largest difference of any weight of both players."""
+    gaps = []
+    for name in ("protagonist", "adversary"):
+        ours, theirs = (load_file(folder / name / file) for folder in (one, other))
+        assert ours.keys() == theirs.keys()
+        gaps += [(ours[part] - theirs[part]).abs().max().item() for part in ours]
+    return max(gaps)
+
+
+def test_every_process_has_as_many_passes_and_every_row_is_seen_once():
+    rng = random.Random(0)
+    for _ in range(200):
+        processes = rng.choice([1, 2, 3, 4])
+        rows = [tuple([number] * rng.randint(1, 40) for _ in range(3))
+                for number in range(processes * rng.randint(1, 6))]
+        from scale import shard
+        found = shard.shares(rows, processes, rng.choice([1, 60, 200, 10**6]))
+        assert len(found) == processes and len({*map(len, found)}) == 1
+        seen = [row for own in found for some in own for row in some]
+        assert sorted(seen) == sorted(rows) and all(some for own in found for some in own)
+        assert len({sum(map(len, own)) for own in found}) == 1
+
+
+@pytest.mark.parametrize("more, file", (
+    ("", "model.safetensors"), ("--lora-rank 3", "adapter_model.safetensors")))
+def test_two_processes_train_as_one_does(tmp_path, more, file):
+    """Losses of 20 steps over turns of both players, and saved weights; then a run that loses a
+    process goes on on one and on two, and ends with the same weights."""
+    if more:
+        pytest.importorskip("peft")
+    make_base(tmp_path / "base")
+    options = ["--model", tmp_path / "base", *"--n-iter 2 --n-mu 5 --n-nu 5 --lr 2e-5 --batch-size "
+               "8 --eval-prompts 0 --micro-tokens 100 --save-every 4 --look-every 5".split(),
+               *more.split()]
+    run("--out", tmp_path / "one", *options)
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", *options, DIES_AT="14")
+    assert code != 0 and errors.count("a process of this run has died") == 1
+    assert len(steps_of(tmp_path / "two")) == 13       # the last checkpoint is step 12's
+    shutil.copytree(tmp_path / "two", tmp_path / "alone")
+    for name, processes in (("two", 2), ("alone", 1)):
+        code, errors = torchrun(tmp_path, processes, "--out", tmp_path / name, "--resume")
+        assert code == 0, errors
+        ours, theirs = steps_of(tmp_path / "one"), steps_of(tmp_path / name)
+        assert [row["player"] for row in ours] == [row["player"] for row in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.keys() == b.keys()
+            for key in ("loss", "margin", "held_out_margin", "grad_norm"):
+                assert b.get(key, 0) == pytest.approx(a.get(key, 0), rel=1e-3, abs=1e-4), key
+        assert far(tmp_path / "one", tmp_path / name, file) < 1e-5
+    names = {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {"config.json", "metrics.jsonl", "protagonist", "adversary", "checkpoint"}
+
+
+def test_refusals_of_torchrun(tmp_path):
+    """One sentence of ours, whatever torchrun says behind it."""
+    make_base(tmp_path / "base")
+    for options, words in (("--batch-size 3", "multiple"), ("--method kto_pair", "kto_pair"),
+                           ("--lr 0", "--lr cannot be")):
+        code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "out", "--model",
+                                tmp_path / "base", *options.split(), script=ROOT / "train.py")
+        said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+        assert code != 0 and len(said) == 1 and words in said[0], errors
+        assert not (tmp_path / "out").exists()
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
