@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 import train
 from data import PairBatch, groups
-from model import Decoder, read_weights
+from model import Decoder, find_device, read_weights
 
 
 def is_first():
@@ -226,7 +226,7 @@ def fill(decoder, values, device):
 
 def joined(model, weights):
     """What writes the files of a sharded model, of these whole weights."""
-    if model is getattr(model, "decoder", model):
+    if isinstance(model, Decoder):
         with torch.device("meta"):
             plain = Decoder(model.config)
         plain.load_state_dict(weights, assign=True)
@@ -241,16 +241,16 @@ def device_of(config):
     if config.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"torchrun gives every process a device of its own; leave out --device "
                          f"{config.device}")
-    if config.device == "cpu" or config.device == "auto" and not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = find_device(config.device)
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
 
 
 # ---- The processes -------------------------------------------------------------------------------
 
 def main(arguments=None):
     """train.py, in this process."""
+    if torch.cuda.is_available():                      # before any of them is spoken to
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if os.environ["LOCAL_RANK"] == "0":
         shutil.rmtree(SAID, ignore_errors=True)        # of a parent that had the same number
