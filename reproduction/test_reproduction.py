@@ -413,6 +413,10 @@ def test_the_reward_at_a_kl():
     assert compare.at_kl([1.0, 3.0], [2.0, 4.0], (0.0, 1.0), 3.5) is None
     assert compare.at_kl([2.0, 1.0, 4.0], [5.0, 9.0, 9.0], (0.0, 1.0), 1.5) == pytest.approx(4.0)
     assert compare.at_kl([1.0, nan], [2.0, nan], (0.0, 1.0), 2.0) is None
+
+
+def test_differences_at_a_kl_are_of_seeds_that_both_reach():
+    pytest.importorskip("scipy")
     numbers = {"SFT": {"kl": [0.0, 0.0], "tokens": [10.0, 20.0]},      # one rate, two seeds, a look
                "a": {"kl": [[[1.0], [2.0]]], "tokens": [[[14.0], [28.0]]]},
                "b": {"kl": [[[4.0], [0.5]]], "tokens": [[[18.0], [21.0]]]}}
