@@ -292,7 +292,7 @@ TABLE1 = ("DPO, beta 0.1", "HINGE", "IPO", "KTO-pair", "AIPO", "ratio alone", "a
           "DPO, beta 1")
 TABLE2 = ("DPO, beta 0.1", "DPO online", "Iter-DPO", "DPO rounds", "AIPO rounds",
           "ratio alone, online")
-LENGTH = ("DPO, beta 0.1", "AIPO", "DPO with likelihood", "AIPO rounds", "DPO rounds")
+LENGTH = (("AIPO", "DPO with likelihood"), ("AIPO rounds", "DPO rounds"))
 PAPER1 = {"SFT": "44.8/21.6/33.6", "DPO, beta 0.1": "50.4/21.2/28.4", "HINGE": "49.2/20/30.8",
           "IPO": "44.8/22/33.2", "KTO-pair": "48/21.6/30.4"}
 PAPER2 = {"SFT": "-, -, 13:204:10:23, 2.156", "DPO, beta 0.1": "23.75, .9286, 13:203:11:23, 2.164",
@@ -306,14 +306,17 @@ def paper_tables(numbers, rewards, rates):
              "Table 2, one rate for all":
                  table_fixed(numbers, ("IOPO online", *TABLE2), "accuracy", rates),
              "Table 2, tuned": table2(numbers, rewards),
-             "tuned out of sample": table_tuned(numbers, PAPER, rates)}
+             "tuned out of sample":
+                 table_tuned(numbers, [row for row in PAPER if row in numbers], rates)}
+    pairs = [pair for pair in LENGTH if {*pair} <= {*numbers}]
+    rows = ["DPO, beta 0.1", *itertools.chain.from_iterable(pairs)]
     for number, rate in enumerate(rates):
         if rate in MIDDLE_RATES:
             found[f"length at a KL, lr {rate:g}"] = \
-                table_kl(numbers, LENGTH, "tokens", number, [LENGTH[1:3], LENGTH[3:]])
+                table_kl(numbers, rows, "tokens", number, pairs)
             title = f"tokens (SFT: {plus_minus(numbers['SFT']['tokens'])}), lr {rate:g}, after steps"
             found[f"length along runs, lr {rate:g}"] = \
-                table_along(numbers, LENGTH, "tokens", number, title)
+                table_along(numbers, rows, "tokens", number, title)
     return found
 
 
