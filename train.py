@@ -211,8 +211,8 @@ def held_out_look(job, step, iteration, player):
 def held_out_logps(job):
     """(2, n): the protagonist's log pi(y_w|x) and log pi(y_l|x) of the held-out pairs."""
     mu = job.players["protagonist"]
-    parts = [torch.stack(mu.logps(batch.to(mu.model.device)))
-             for batch in micro_batches(job.held_out, job.config.micro_tokens or 1536)]  # (2, B)
+    parts = [torch.stack(mu.logps(batch)) for batch in micro_batches(                   # (2, B)
+        job.held_out, job.config.micro_tokens or 1536, mu.model.device)]
     return torch.cat(parts, dim=1).cpu()
 
 

@@ -75,8 +75,8 @@ class Adapted:
         self.config, self.head = decoder.config, decoder.head
 
     def use(self, *_):
-        from peft.functional import set_adapter
         if getattr(self.decoder, "adapter", None) != self.name:
+            from peft.functional import set_adapter
             set_adapter(self.decoder, self.name)
             self.decoder.adapter = self.name
 
@@ -138,11 +138,12 @@ class Adapted:
 def merged(folder):
     """The decoder W + 2 B A of a peft folder that train.py saved, float32."""
     config = read_file(Path(folder) / CONFIG)
-    rank, base, plain = config.get("r"), config.get("base_model_name_or_path"), {
-        "peft_type": "LORA", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
-    ours = type(rank) is int and {**config, **plain, **lora_options(rank, 0)} == {
-        **config, "target_modules": 0}
-    if not ours or not isinstance(base, str):
+    rank, base = config.get("r"), config.get("base_model_name_or_path")
+    ours = type(rank) is int and isinstance(base, str)
+    expected = {"peft_type": "LORA", "use_dora": False, "use_rslora": False,
+                "fan_in_fan_out": False,
+                **lora_options(rank if ours else 0, config.get("target_modules"))}
+    if not ours or any(config.get(name) != value for name, value in expected.items()):
         raise ValueError(f"{folder}: no adapter that train.py saved; peft can merge others")
     model, path = Decoder.from_pretrained(find_source(base)), Path(folder) / WEIGHTS
     weights, left = model.state_dict(), {*read_file(path)}

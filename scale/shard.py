@@ -152,8 +152,8 @@ class Job(train.Job):
         state, made = self.state()
         dcp.save(state, checkpoint_id=folder / f"step-{step}")
         if is_first():
-            torch.save({"step": step, "data": self.fingerprint, "start": self.start, "made": made,
-                        "processes": dist.get_world_size()}, folder / "state.pt.partial")
+            torch.save({"step": step, "data": self.fingerprint, "start": self.start, "made": made},
+                       folder / "state.pt.partial")
             (folder / "state.pt.partial").replace(folder / "state.pt")
             for old in folder.glob("step-*"):
                 if old.name != f"step-{step}":
