@@ -196,7 +196,6 @@ def text(row, name):
 
 def read_rows(path):
     """Yield (row, where it stands) of a .json, .jsonl or .jsonl.gz file."""
-    path = Path(path)
     if not path.name.endswith(PLAIN):
         raise ValueError(f"{path}: the name must end in {', '.join(PLAIN)} (pairs: or .parquet)")
     try:
@@ -512,7 +511,7 @@ class PairBatch:
     lengths: list                       # 2B: of chosen and rejected of the first pair, the second
     chosen_lengths: torch.Tensor        # (B,) in tokens, EOS included
     rejected_lengths: torch.Tensor      # (B,)
-    masks: list                         # a pair's tokens by its tokens, -inf = may not attend
+    contexts: list                      # B: of the contexts, in tokens
 
     @classmethod
     def from_ids(cls, rows):
@@ -520,36 +519,41 @@ class PairBatch:
         nothing cut. rejected_ids may be None (SFT has none): its log-probability is 0."""
         if not rows:
             raise ValueError("a batch needs at least one pair")
-        inputs, positions, predictors, targets, lengths, masks = [], [], [], [], [], []
+        inputs, positions, predictors, targets, lengths, contexts = [], [], [], [], [], []
         for number, (prompt, *answers) in enumerate(rows):
             if any(ids is not None and len(ids) == 0 for ids in (prompt, *answers)):
                 raise ValueError(f"pair {number} has an empty prompt or answer")
             *context, last = prompt
             inputs += context
             positions += range(len(context))
-            segments = [0] * len(context)                          # 0 context, 1 chosen, 2 rejected
-            for which, answer in enumerate(answers, start=1):
+            contexts.append(len(context))
+            for answer in answers:
                 answer = [] if answer is None else list(answer)
                 predictors += range(len(inputs), len(inputs) + len(answer))
                 inputs += [last, *answer][:len(answer)]
                 positions += range(len(context), len(context) + len(answer))
                 targets += answer
                 lengths.append(len(answer))
-                segments += [which] * len(answer)
-            segment, place = torch.tensor(segments), torch.arange(len(segments))
-            sees = ((segment == 0) | (segment == segment[:, None])) & (place <= place[:, None])
-            masks.append(torch.zeros(sees.shape).masked_fill(~sees, -torch.inf))
         return cls(torch.tensor([inputs]), torch.tensor([positions]), torch.tensor(predictors),
                    torch.tensor(targets), lengths, torch.tensor(lengths[::2]),
-                   torch.tensor(lengths[1::2]), masks)
+                   torch.tensor(lengths[1::2]), contexts)
 
     def __len__(self):
-        return len(self.masks)
+        return len(self.contexts)
+
+    @functools.cached_property
+    def masks(self):
+        """Of each pair, its tokens by its tokens: 0, or -inf where one may not attend."""
+        masks = []
+        for context, w, l in zip(self.contexts, self.lengths[::2], self.lengths[1::2]):
+            segment = torch.tensor([0] * context + [1] * w + [2] * l, device=self.positions.device)
+            sees = ((segment == 0) | (segment == segment[:, None])).tril()
+            masks.append(torch.zeros_like(sees, dtype=torch.float32).masked_fill(~sees, -torch.inf))
+        return masks
 
     def to(self, device):
-        moved = {name: part.to(device) for name, part in vars(self).items()
-                 if isinstance(part, torch.Tensor)}
-        return replace(self, **moved, masks=[mask.to(device) for mask in self.masks])
+        return replace(self, **{name: part.to(device) for name, part in vars(self).items()
+                                if isinstance(part, torch.Tensor)})
 
 
 def batches(rows, batch_size, seed, start=0):

@@ -52,17 +52,6 @@ def pair_logps(model, rows, bar):
     return torch.cat(columns, dim=1)
 
 
-def answer(model, tokenizer, ids, new_tokens, temperature, seed, bar):
-    """Answers (text, tokens) to prompt ids."""
-    generator = torch.Generator(model.device).manual_seed(seed)
-    answers = []
-    for first in range(0, len(ids), ROWS_AT_ONCE):
-        rows = ids[first:first + ROWS_AT_ONCE]
-        answers += generate(model, rows, new_tokens, temperature, tokenizer.eos_ids, generator)
-        bar.update(len(rows))
-    return [(tokenizer.decode(answer).strip(), len(answer)) for answer in answers]
-
-
 def ask(folder, tokenizer, prompts, rows, options):
     """One model's answers (text, tokens); in an examination also greedy ones and log-probs."""
     model = Decoder.from_pretrained(folder).to(find_device(options.device))
@@ -72,11 +61,16 @@ def ask(folder, tokenizer, prompts, rows, options):
     note = (f"{len(ids)} prompts: answers end at {limit} tokens, "
             f"{sum(len(prompt) > room for prompt in ids)} prompts cut on the left to {room} tokens")
     ids = [cut_left(prompt, room, tokenizer.bos_id) for prompt in ids]
-    temperatures = {"sampled": options.temperature}
+    temperatures, said = {"sampled": options.temperature}, {}
     temperatures |= {"greedy": 0} if options.task == "examine" else {}
     with tqdm(total=len(temperatures) * len(ids) + len(rows), desc=f"examining {folder}") as bar:
-        said = {name: answer(model, tokenizer, ids, limit, temperature, options.seed, bar)
-                for name, temperature in temperatures.items()}
+        for name, temperature in temperatures.items():
+            said[name], generator = [], torch.Generator(model.device).manual_seed(options.seed)
+            for first in range(0, len(ids), ROWS_AT_ONCE):
+                answers = generate(model, ids[first:first + ROWS_AT_ONCE], limit, temperature,
+                                   tokenizer.eos_ids, generator)
+                said[name] += [(tokenizer.decode(some).strip(), len(some)) for some in answers]
+                bar.update(len(answers))
         return said | {"logps": pair_logps(model, rows, bar) if rows else None, "note": note,
                        "cut_off": sum(tokens == limit for _, tokens in said["sampled"])}
 
@@ -164,14 +158,14 @@ def quality(result, prompts, world):
             "bad_rate": average("is_bad", "sampled")}
 
 
-def compare(result, other, prompts, world, answers="sampled"):
+def compare(result, other, prompts, world):
     """win/tie/lose/bad, in prompts, of one model's answers against another's by true reward."""
     if world is None or not prompts:                               # no judge, or nothing to judge
         return dict.fromkeys(OUTCOMES)
     return tally((world.true_reward(prompt, ours), world.true_reward(prompt, theirs),
                   world.is_bad(prompt, ours) and world.is_bad(prompt, theirs))
                  for prompt, (ours, _), (theirs, _)
-                 in zip(prompts, result[answers], other[answers], strict=True))
+                 in zip(prompts, result["sampled"], other["sampled"], strict=True))
 
 
 def tally(scores, tie=0.0):
@@ -279,7 +273,7 @@ def compare_scores(_, options):
 def read_scores(path):
     """{run: its scores, line by line} of a judged file of `write_answers`, for its two runs."""
     lines = []
-    for row, origin in read_rows(path):
+    for row, origin in read_rows(Path(path)):
         row = row if isinstance(row, dict) else {}
         lines.append({str(row.get(f"run_{place}")): row.get(f"score_{place}") for place in "ab"})
         scores = [score for score in lines[-1].values() if type(score) in (int, float)]
@@ -382,10 +376,9 @@ DEFAULTS = {"runs": [], "tie": 0.0, "max_new_tokens": 48, "seed": 0, "device": "
 
 
 def parse_arguments(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None                         # a refusal is one sentence
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,  # refusals: one sentence
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("runs", nargs="*", metavar="RUN", help="run folder of train.py")
     option("--data", help="other pairs: all of a file, or what a folder or hub dataset holds out")

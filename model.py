@@ -104,46 +104,37 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
+    """Self-attention with grouped key/value heads, where `attend` says who sees whom; SwiGLU."""
+
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        D, d, inner = config.hidden_size, config.head_dim, config.intermediate_size
+        queries, keys = config.num_attention_heads * d, config.num_key_value_heads * d
+        eps, bias, self.head_dim = config.rms_norm_eps, "qkv_bias" in config.family, d
+        self.input_layernorm = nn.RMSNorm(D, eps=eps)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(D, queries, bias=bias),
+            "k_proj": nn.Linear(D, keys, bias=bias),
+            "v_proj": nn.Linear(D, keys, bias=bias),
+            "o_proj": nn.Linear(queries, D, bias=False),
+            **{name: nn.RMSNorm(d, eps=eps) if "qk_norm" in config.family else nn.Identity()
+               for name in ("q_norm", "k_norm")}})
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
         self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
-            "up_proj": nn.Linear(config.hidden_size, config.intermediate_size, bias=False),
-            "down_proj": nn.Linear(config.intermediate_size, config.hidden_size, bias=False)})
+            "gate_proj": nn.Linear(D, inner, bias=False),
+            "up_proj": nn.Linear(D, inner, bias=False),
+            "down_proj": nn.Linear(inner, D, bias=False)})
 
     def forward(self, x, cos, sin, attend, wanted):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)           # (B, T, D)
+        y, attn, heads = self.input_layernorm(x), self.self_attn, (-1, self.head_dim)
+        q = attn.q_norm(attn.q_proj(y).unflatten(2, heads)).transpose(1, 2)         # (B, H, T, d)
+        k = attn.k_norm(attn.k_proj(y).unflatten(2, heads)).transpose(1, 2)         # (B, K, T, d)
+        v = attn.v_proj(y).unflatten(2, heads).transpose(1, 2)                      # (B, K, T, d)
+        read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, H, T, d)
+        x = x + attn.o_proj(read.transpose(1, 2).flatten(2))                        # (B, T, D)
         x = x[:, wanted]                                                            # (B, Q, D)
         y, mlp = self.post_attention_layernorm(x), self.mlp                         # (B, Q, D)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))         # SwiGLU
-
-
-class Attention(nn.Module):
-    """Self-attention with grouped key/value heads; `attend` says who sees whom."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.head_dim, bias = config.head_dim, "qkv_bias" in config.family
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (
-            nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            if "qk_norm" in config.family else nn.Identity() for _ in range(2))
-
-    def forward(self, x, cos, sin, attend):
-        heads = -1, self.head_dim
-        q = self.q_norm(self.q_proj(x).unflatten(2, heads)).transpose(1, 2)         # (B, H, T, d)
-        k = self.k_norm(self.k_proj(x).unflatten(2, heads)).transpose(1, 2)         # (B, K, T, d)
-        v = self.v_proj(x).unflatten(2, heads).transpose(1, 2)                      # (B, K, T, d)
-        read = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                  # (B, H, T, d)
-        return self.o_proj(read.transpose(1, 2).flatten(2))                         # (B, T, D)
 
 
 def rotary(positions, config):
@@ -176,7 +167,7 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
 
-CHUNK = 512                 # tokens that meet the vocabulary at once
+CHUNK, CHUNKS = 512, 4      # tokens that meet the vocabulary at once: so many, or this part of all
 # calls a function and keeps nothing but its inputs for the backward pass, which calls it again
 recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                                preserve_rng_state=False)
@@ -226,17 +217,22 @@ def response_logps(model, batch):
     response tokens, EOS included, in nats. 0 for an answer that is not there.
 
     The prompt passes the layers once for both answers. Only what predicts a token of an answer
-    meets the vocabulary: CHUNK at a time, whose logits are computed again in the backward pass
+    meets the vocabulary: a chunk at a time, whose logits are computed again in the backward pass
     and never kept."""
+    masks = functools.cache(lambda dtype: [mask.to(dtype) for mask in batch.masks])
+
     def attend(layer, q, k, v):                                     # each pair by its own mask
         parts = zip(*(x.split([len(mask) for mask in batch.masks], dim=2) for x in (q, k, v)))
-        out = [attention(*part, mask.to(q.dtype)) for part, mask in zip(parts, batch.masks)]
+        out = [attention(*part, mask) for part, mask in zip(parts, masks(q.dtype))]
         return torch.cat(out, dim=2)                                                # (1, H, T, d)
 
+    if torch.is_autocast_enabled("cuda") and batch.input_ids.is_cuda:
+        from scale.attention import of_pairs
+        attend = of_pairs(batch) or attend
     hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0]    # (N, D)
-    weight = model.head()                                                           # (V, D)
+    weight, size = model.head(), max(CHUNK, len(hidden) // CHUNKS)                  # (V, D)
     token_logps = [recomputed(target_logps, some, weight, targets)
-                   for some, targets in zip(hidden.split(CHUNK), batch.targets.split(CHUNK))]
+                   for some, targets in zip(hidden.split(size), batch.targets.split(size))]
     sums = [logps.sum() for logps in torch.cat(token_logps).split(batch.lengths)]
     return torch.stack(sums).view(-1, 2).unbind(dim=1)                              # (B,), (B,)
 

@@ -751,6 +751,7 @@ def test_the_heads_gradient_is_summed_in_its_own_dtype(monkeypatch):
     """Under autocast every chunk's products are bfloat16; their sum over many chunks is not."""
     model, gradients = tiny_model(), []
     batch = PairBatch.from_ids(random_rows(random.Random(0), 20))
+    monkeypatch.setattr(decoder, "CHUNKS", 10**6)
     for chunk in (1, 10**6):
         monkeypatch.setattr(decoder, "CHUNK", chunk)
         with torch.autocast("cpu", torch.bfloat16):
@@ -766,6 +767,7 @@ def test_no_logits_outlive_their_chunk(monkeypatch):
     model = tiny_model(vocab_size=1009)
     batch = PairBatch.from_ids(random_rows(random.Random(0), 12))
     monkeypatch.setattr(decoder, "CHUNK", 7)
+    monkeypatch.setattr(decoder, "CHUNKS", 10**6)
     saved, made, linear = [], [], F.linear
     monkeypatch.setattr(F, "linear", lambda *inputs: made.append(linear(*inputs)) or made[-1])
     with torch.autograd.graph.saved_tensors_hooks(

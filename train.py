@@ -68,6 +68,7 @@ class Config:
     dtype: str = option("float32", "of matrix products only", choices=("float32", "bfloat16"))
     lora_rank: int | None = option(None, "rank of both players' adapters; None: all train", least=1)
     backbone_dtype: str = option("float32", "of their backbone", choices=("float32", "bfloat16"))
+    offload_resting: bool = option(False, "moments of the player that rests go to CPU memory")
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
     eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
@@ -108,10 +109,8 @@ def optimizer_step(agent, env, rows, config):
     ENV reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
     seen = []
     for batch in agent.micro_batches(rows):
-        env_logps = None, None
-        if agent.loss != "sft":
-            with torch.no_grad():                                   # ENV is frozen here
-                env_logps = env.logps(batch)                        # (B,), (B,)
+        with torch.no_grad():                                       # ENV is frozen here
+            env_logps = (None, None) if agent.loss == "sft" else env.logps(batch)   # (B,), (B,)
         logps = agent.logps(batch)                                  # (B,), (B,)
         loss, known = LOSSES[agent.loss], {**vars(config), **vars(batch)}
         options = {name: known[name] for name in inspect.getfullargspec(loss).kwonlyargs}
@@ -230,8 +229,7 @@ def find_run(given, resume):
         raise ValueError(f"--out {out} exists and is not empty; take another one, or --resume")
     path = out / "config.json"
     found = read_object(path, path.read_bytes()) if path.is_file() else {}
-    resolved = [field.name for field in dataclasses.fields(Config) if "world" in field.metadata]
-    if found.keys() != vars(Config()).keys() or None in map(found.get, resolved):
+    if found.keys() != vars(Config()).keys() or vars(make_config(found, {})) != found:
         raise ValueError(f"--out {out} has no config.json of this version of the code; go on with "
                          "it by the version that began it")
     return found | {"out": given["out"]}                            # it may have been moved
@@ -335,13 +333,15 @@ def log(file, bar, row):
 WORLD_PAIRS, LOOKED_AT = 3000, 200
 WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, head_dim=16,
                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)), ("n_nu", 0, ("adversary",)),
-         ("sft_steps", 0, ("sft_lr",)), ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta")),
-         ("lora_rank", None, ("backbone_dtype",))]
+SWITCHES = {"resume": "go on with --out", "plan": "print what a run takes of memory, disk and time",
+            "anyway": "run though --plan says that memory does not suffice"}
+IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)),
+         ("n_nu", 0, ("adversary", "offload_resting")), ("sft_steps", 0, ("sft_lr",)),
+         ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta")), ("lora_rank", None, ("backbone_dtype",))]
 
 
-def prepare(config, kind=Job):
-    """A Job: reads everything, writes nothing."""
+def prepare(config, kind=Job, plan=False, anyway=False):
+    """A Job: reads everything, writes nothing; with `plan` it ends where the bill is printed."""
     if config.data is None:
         world = SafeWorld(config.seed)
         pairs, held_out = world.pairs("train", WORLD_PAIRS), world.pairs("validation", LOOKED_AT)
@@ -361,12 +361,18 @@ def prepare(config, kind=Job):
     fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
     sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
+    if plan or config.model is not None and not anyway:             # a new model is small
+        from scale.plan import review
+        review(config, shape, rows, plan)
     model, other = kind.models(config, shape, folder)
     exchange, sign = ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows
     players = {"sft": kind.player(model, sft_rows, "sft", config.sft_lr, config),
                "protagonist": kind.player(model, rows, config.method, config.lr, config),
                "adversary": kind.player(other, theirs, config.method, config.lr, config, sign)}
+    if config.offload_resting:
+        from scale.offload import take_turns
+        take_turns(players)
     return kind(config, tokenizer, players, held_out, fingerprint)
 
 
@@ -434,12 +440,12 @@ def check(field, value):
 
 
 def parse_arguments(arguments):
-    """The options given, and resume; the flags are made from Config's fields."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.print_usage = lambda file: None                          # a refusal is one sentence
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with --out")
+    """The options given and the three switches; the other flags are made of Config's fields."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,   # refusals: one sentence
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, help in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", default=False, help=help)
     for field in dataclasses.fields(Config):
         kind, *_ = typing.get_args(field.type) or (field.type,)
         more = {"action": "store_true"} if kind is bool else {
@@ -452,7 +458,8 @@ def main(arguments=None, kind=Job):
     job = None
     try:
         given = parse_arguments(arguments)
-        found = find_run(given, given.pop("resume"))
+        resume, plan, anyway = map(given.pop, SWITCHES)
+        found = find_run(given, resume)
         config = make_config(found or given, given)
         for name, own in vars(config).items():
             if given.get(name, own) != own:
@@ -460,7 +467,7 @@ def main(arguments=None, kind=Job):
         if found and Path(config.out, "adversary" if config.n_nu else "protagonist").is_dir():
             print(f"{config.out} is finished; examine it by: python eval.py {config.out}")
             return
-        job = prepare(config, kind)
+        job = prepare(config, kind, plan, anyway)
         if not found:
             save_config(config)
         print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)

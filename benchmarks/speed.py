@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/speed.py --data Anthropic/hh-rlhf     # or what else train.py reads; Linux
     python benchmarks/speed.py --parts growth               # without TRL and data
+    python benchmarks/speed.py --parts gpu                  # one of 80 GB, without data
 
 README.md, beside this file, says what is compared with what. A worker is a process with one side's
 two models; it takes a turn, some steps, when it is told to, and is idle between turns.
@@ -29,9 +30,12 @@ from load import peak                                              # beside this
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Tokenizer, encode_pairs, load_pairs, micro_batches                 # noqa: E402
 from model import Decoder, DecoderConfig                                            # noqa: E402
+from scale import attention                                                         # noqa: E402
+from scale.measure import write_model                                               # noqa: E402
+from scale.plan import SHAPES as LARGE                                              # noqa: E402
 from train import Config, Player, optimizer_step                                    # noqa: E402
 
-VOCABULARY, LONGEST, LR = 8192, 512, 1e-5
+VOCABULARY, LONGEST, LR, GPU_TOKENS = 8192, 512, 1e-5, 16384
 BATCH_SIZE, TURN = 16, 2                                          # pairs of a step, steps of a turn
 SHAPES = {"8.6M": (256, 720), "31.6M": (512, 1544)}                # hidden and intermediate size
 # of glibc: keep freed memory instead of giving it back to the system and asking for it again
@@ -43,6 +47,10 @@ SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
          "TRL best": ("trl 1", TUNED_MALLOC, "TRL best"),
          "DPO here, tuned": ("here dpo", TUNED_MALLOC, "TRL best"),
          "IOPO here, tuned": ("here iopo", TUNED_MALLOC, "TRL best")}
+GPU_SIDES = {"TRL, 4 pairs at once": "trl 4", "TRL, 8 pairs at once": "trl 8",
+             "DPO here": "here dpo", "IOPO here": "here iopo",
+             "IOPO here, mask tensors": "here iopo-masked"}
+ON_GPU = torch.cuda.is_available()
 
 
 def decoder(size="8.6M", vocab_size=VOCABULARY):
@@ -79,7 +87,8 @@ def rows_of(rows, step):
 
 def report(seconds, loss):
     """A worker's line: the peak is that of the process, libraries and all."""
-    print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak()}), flush=True)
+    memory = torch.cuda.max_memory_reserved() if ON_GPU else peak()
+    print(json.dumps({"seconds": seconds, "loss": loss, "peak": memory}), flush=True)
 
 
 def turns():
@@ -91,8 +100,14 @@ def turns():
 
 
 def work_here(folder, loss):
+    loss, _, masked = loss.partition("-")
+    if masked:
+        attention.of_pairs = lambda batch: None
     rows, config = json.loads((folder / "rows.json").read_text()), Config()
-    agent, env = (Player(Decoder.from_pretrained(folder), rows, loss, LR, config) for _ in range(2))
+    if ON_GPU:
+        config = Config(dtype="bfloat16", micro_tokens=GPU_TOKENS)
+    agent, env = (Player(Decoder.from_pretrained(folder).to("cuda" if ON_GPU else "cpu"),
+                         rows, loss, LR, config) for _ in range(2))
     for step in turns():
         begin = time.perf_counter()
         metrics = optimizer_step(agent, env, rows_of(rows, step), config)
@@ -126,13 +141,14 @@ def work_in_trl(folder, micro_batch):
 
     names, rows = ("prompt_ids", "chosen_ids", "rejected_ids"), (folder / "rows.json").read_text()
     rows = datasets.Dataset.from_list([dict(zip(names, row)) for row in json.loads(rows)])
-    agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    agent, env = (transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+                  for _ in range(2))
     config = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=int(micro_batch),
         gradient_accumulation_steps=BATCH_SIZE // int(micro_batch), learning_rate=LR,
         weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta, max_length=LONGEST,
-        train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=False,
-        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=ON_GPU,
+        logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not ON_GPU,
         max_steps=2**30, dataloader_pin_memory=False)
     trainer = Trainer(
         model=agent, ref_model=env, args=config, train_dataset=rows, callbacks=[Turns()],
@@ -231,6 +247,52 @@ def against_trl(data, sizes, rounds, against):
     print("", *notes, "", sep="\n")
 
 
+def gpu_rate(size=8192):
+    x = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    seconds = timeit.repeat(lambda: (x @ x, torch.cuda.synchronize()), number=1, repeat=20)
+    return 2 * size**3 / min(seconds)
+
+
+def on_gpu(rounds):
+    """Llama-3.2-1B's shape in bfloat16, side after side, fresh pairs in every step."""
+    shape, rng = LARGE["1B"], random.Random(0)
+    rows = [tuple([rng.randrange(shape.vocab_size) for _ in range(rng.randint(*some))]
+                  for some in ((100, 300), (100, 400), (100, 400)))
+            for _ in range(rounds * TURN * BATCH_SIZE)]
+    best = gpu_rate()
+    print(f"{torch.cuda.get_device_name()}, products at {best / 1e12:.0f} TFLOP/s\n\n"
+          "| side | s/step | pairs/s | peak memory | of the matrix rate |\n|---|---|---|---|---|")
+    with torch.device("meta"):
+        model = Decoder(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_model(folder, shape)
+        (folder / "rows.json").write_text(json.dumps(rows))
+        for name, arguments in GPU_SIDES.items():
+            log = folder / "log"
+            worker = subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__, "--data", folder, "--worker",
+                 *arguments.split()], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=log.open("w"))
+            try:
+                seen = turn_of(name, worker, log)
+                for _ in range(rounds):
+                    print("step", file=worker.stdin, flush=True)
+                    seen += turn_of(name, worker, log)
+            except SystemExit as stop:                             # out of memory, say
+                print(f"| {name} | {str(stop.code).splitlines()[-1]} | | | |", flush=True)
+                continue
+            finally:
+                worker.kill()
+                worker.wait()
+            steps = range(TURN - 1, rounds * TURN, TURN)
+            seconds = [seen[step]["seconds"] for step in steps]
+            share = [floor(model, rows_of(rows, step)) / best / seen[step]["seconds"]
+                     for step in steps]
+            print(f"| {name} | {spread(seconds)} | {BATCH_SIZE / statistics.median(seconds):.1f} | "
+                  f"{seen[-1]['peak'] / 1e9:.1f} GB | {spread(share)} |", flush=True)
+
+
 # ---- Growth --------------------------------------------------------------------------------------
 
 def made_up(pairs=16, prompt=100, answer=50, vocab_size=VOCABULARY):
@@ -287,7 +349,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="pairs for the part trl, as train.py reads them")
-    parser.add_argument("--parts", nargs="+", choices=("trl", "growth"), default=["trl", "growth"])
+    parser.add_argument("--parts", nargs="+", choices=("trl", "growth", "gpu"),
+                        default=["trl", "growth"])
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=[*SHAPES],
                         help="models to compare with TRL")
     parser.add_argument("--against", nargs="+", choices=("plain", "best"),
@@ -303,5 +366,7 @@ if __name__ == "__main__":
             parser.error("the part trl needs --data")
         against_trl(options.data, options.sizes, options.rounds,
                     [f"TRL {which}" for which in options.against])
+    if "gpu" in options.parts:
+        on_gpu(options.rounds)
     if "growth" in options.parts:
         growth(options.rounds)

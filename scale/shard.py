@@ -170,6 +170,9 @@ class Job(train.Job):
                 player.optimizer.state[parameter] = {
                     "step": torch.zeros((), device=parameter.device),
                     "exp_avg": first, "exp_avg_sq": second}
+            if self.config.offload_resting:            # one player's at a time
+                from scale.offload import rest
+                rest(player.optimizer)
         state, _ = self.state()
         dcp.load(state, checkpoint_id=self.out / "checkpoint" / f"step-{saved['step']}")
         self.start = saved["start"]

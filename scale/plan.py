@@ -1,0 +1,236 @@
+"""What a run takes of memory, disk and time, before any weight is loaded: train.py --plan.
+
+    python train.py --model FOLDER --data DATA --plan                    # and any other options
+    python train.py --model FOLDER --data DATA --anyway                  # else it must fit
+    python -m scale.plan 7B --dtype bfloat16                             # for GPUs elsewhere
+
+Every run of a --model asks `review`. README.md, beside this file, has what was measured against it.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from data import groups
+from model import CHUNK, CHUNKS, Decoder, DecoderConfig, find_device
+
+GB = 1e9
+ADAPTERS = {"lora_rank": 16, "dtype": "bfloat16", "backbone_dtype": "bfloat16"}
+WAYS = (("--method dpo: one player", {"method": "dpo", "n_nu": 0}, 1),
+        ("--gradient-checkpointing", {"gradient_checkpointing": True}, 1),
+        ("--offload-resting", {"offload_resting": True}, 1),
+        ("--lora-rank 16", {"lora_rank": 16}, 1),
+        ("the same, --dtype and --backbone-dtype bfloat16", ADAPTERS, 1),
+        ("torchrun, 2 processes", {}, 2), ("torchrun, 8 processes", {}, 8),
+        ("torchrun, 8 processes, adapters as above", ADAPTERS, 8))
+
+PROCESS = {"cpu": 0.4 * GB, "cuda": 0.6 * GB}          # of PyTorch, before any tensor
+CARDS = (24, 40, 80, 141)     # GB of GPUs; a tenth is left to what the allocator cannot use
+LONG = dict(max_position_embeddings=4096)
+SHAPES = {"1B": DecoderConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True,
+                              **LONG),                                     # Llama-3.2-1B
+          "7B": DecoderConfig(125696, 4096, 11008, 32, 32, 32, 128, **LONG)}      # Baichuan2-7B
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+def bill(shape, config, step, processes=1, device="cpu"):
+    """{what: bytes} of each process of a run when it has most; `step` is its largest step's rows.
+
+    Masters, moments and gradients are float32. A player that trains keeps one pass at a time; ENV
+    keeps nothing. From a step's second pass on there is a gradient beside that; shards of it meet
+    only in the last pass, so it is whole in every process until then."""
+    size = Sizes(shape, config)
+    half = config.dtype == "bfloat16"
+    backbone = size.whole * (2 if config.backbone_dtype == "bfloat16" else 4)
+    frozen = 0 if config.lora_rank is None else backbone
+    with_moments = 1 if config.offload_resting or not config.n_nu else 2
+    passes = groups(step[len(step) - len(step) // processes:], config.micro_tokens)
+    gradient = 4 * size.trained / (processes if len(passes) == 1 else 1)
+    most = max([(gradient if number else 0, *passing(size, config, rows, device))
+                for number, rows in enumerate(passes)] + [(gradient, 0, 0)], key=sum)
+    together = 0
+    if processes > 1:                                  # of shards: the rest, and two blocks
+        together = (size.rest + 2 * size.block) * (2 if half else 4)
+    elif half and (frozen == 0 or frozen == 4 * size.whole) and not config.gradient_checkpointing:
+        together = 2 * size.layers                     # what autocast makes of float32 weights
+    return {"weights": (frozen + 2 * 4 * size.trained) / processes,
+            "moments": with_moments * 8 * size.trained / processes,
+            **dict(zip(("gradient", "activations", "vocabulary"), most)),
+            "together": together,
+            "process": PROCESS[device] + (0 if config.lora_rank is None else 0.1 * GB)}     # peft's
+
+
+class Sizes:
+    """Numbers of a model: whole, its layers, a block, the rest; what each player trains of it."""
+
+    def __init__(self, shape, config):
+        with torch.device("meta"):
+            model = Decoder(shape)
+        self.shape = shape
+        self.whole = sum(weight.numel() for weight in model.parameters())
+        self.layers = sum(weight.numel() for weight in model.model.layers.parameters())
+        self.block, self.rest = self.layers / shape.num_hidden_layers, self.whole - self.layers
+        self.head = shape.vocab_size * shape.hidden_size
+        adapted = sum(linear.in_features + linear.out_features
+                      for linear in model.model.layers.modules()
+                      if isinstance(linear, torch.nn.Linear))
+        self.trained = self.whole if config.lora_rank is None else config.lora_rank * adapted
+
+
+def passing(size, config, rows, device):
+    """Bytes of (what autograd keeps in the layers, what the vocabulary takes) in a pass."""
+    shape, lora, autocast = size.shape, config.lora_rank is not None, config.dtype == "bfloat16"
+    D, inner, depth = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+    queries, keys = (heads * shape.head_dim for heads in
+                     (shape.num_attention_heads, shape.num_key_value_heads))
+    halves = autocast or lora and config.backbone_dtype == "bfloat16"
+    product, entry = 2 if halves else 4, 2 if autocast else 4          # bytes of a number
+    norms = 2 if lora or device == "cuda" else 4       # the input; and its norm where not fused
+    copies = 5 if halves else 2                        # q, k, v, gate, up: each casts its own
+    kept = (4 * norms * D + entry * (copies * D + queries + inner)
+            + product * (2 * queries + 2 * keys + 3 * inner)
+            + entry * 7 * (config.lora_rank or 0))     # of a token, in a layer
+    layers = depth * kept if not config.gradient_checkpointing else depth * 4 * D + kept
+    answers = answer_tokens(rows)
+    chunk = min(answers, max(CHUNK, answers // CHUNKS))
+    logits = (12 + 4 * autocast) * shape.vocab_size    # of a token: they, softmax, gradient
+    return (tokens(rows) * (layers + product * 3 * inner),
+            chunk * logits + (0 if lora else 4 * size.head))           # a chunk's part of its own
+
+
+def tokens(rows):
+    return sum(len(ids) for row in rows for ids in row if ids is not None)
+
+
+def answer_tokens(rows):
+    return sum(len(ids) for _, *answers in rows for ids in answers if ids is not None)
+
+
+def memory(device):
+    """Free bytes of a GPU, or of this machine or its container; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limit = Path("/sys/fs/cgroup/memory.max")
+        limit = limit.read_text().strip() if limit.is_file() else "max"
+        free = int(known["MemAvailable"].split()[0]) * 1024
+        return free if limit == "max" else min(free, int(limit))
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+# ---- Time ----------------------------------------------------------------------------------------
+
+def seconds(size, config, rows, rate):
+    """Of a step, roughly: its products at half the rate of a large one. Attention is not counted.
+    The forward pass of ENV; of AGENT, and again where it is recomputed; two backward, or only that
+    of the inputs where the weights are frozen."""
+    backward = 4 if config.lora_rank is None else 2
+    layers = size.layers * (2 + 2 + backward + 2 * config.gradient_checkpointing) * tokens(rows)
+    head = size.head * (2 + 4 + backward) * answer_tokens(rows)
+    return config.batch_size * (layers + head) / len(rows) / (rate / 2)
+
+
+def matrix_rate(shape, config, device):
+    """FLOP/s of a feed-forward product of this model, the best within half a second."""
+    dtype, best, end = getattr(torch, config.dtype), 0, time.perf_counter() + 0.5
+    x = torch.randn(1024, shape.hidden_size, device=device, dtype=dtype)
+    weight = torch.randn(shape.intermediate_size, shape.hidden_size, device=device, dtype=dtype)
+    while best == 0 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        F.linear(x, weight)[0, 0].item()               # which waits for it
+        best = max(best, 2 * len(x) * weight.numel() / (time.perf_counter() - begin))
+    return best
+
+
+# ---- What a run asks -----------------------------------------------------------------------------
+
+def review(config, shape, rows, plan):
+    """Refuse a run that cannot fit; with `plan` print what this and other ways take, and end."""
+    device = find_device(config.device)
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    step = sorted(rows, key=lambda row: tokens([row]))[-config.batch_size:]
+    room = memory(device)
+    if plan:
+        print_bills(config, shape, rows, step, processes, device, room)
+        raise SystemExit
+    need = sum(bill(shape, config, step, processes, device.type).values())
+    if device.type == "cpu":                           # the processes of this machine share it
+        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if room is not None and need > room:
+        raise ValueError(f"this run takes about {need / GB:.1f} GB and {room / GB:.1f} GB are free "
+                         f"here ({device.type}); --plan instead shows what would fit, --anyway "
+                         "tries all the same")
+
+
+def print_bills(config, shape, rows, step, processes, device, room):
+    rate, mean = matrix_rate(shape, config, device), config.batch_size * tokens(rows) / len(rows)
+    print(f"{Sizes(shape, config).whole / 1e6:,.1f}M parameters; a step is {config.batch_size} "
+          f"pairs, about {mean:,.0f} tokens; a product of this model runs at {rate / 1e9:,.0f} "
+          f"GFLOP/s\nfree here ({device.type}): "
+          + ("unknown" if room is None else f"{room / GB:.1f} GB"))
+    lines = []
+    for name, other, count in ways(config, processes, device.type):
+        shared = count if device.type == "cpu" else 1  # processes of one machine share memory, time
+        found = bill(shape, other, step, count, device.type)
+        fits = "?" if room is None else "yes" if sum(found.values()) * shared <= room else "no"
+        took = seconds(Sizes(shape, other), other, rows, rate) * shared / count
+        lines.append((name, found, {"fits": fits, "s/step": f"{took:.2g}"}))
+    print_table(lines)
+    trained = Sizes(shape, config).trained
+    print(f"on disk, as asked: a checkpoint {24 * trained / GB:.2f} GB, twice that while it is "
+          f"replaced; each player {4 * trained / GB:.2f} GB")
+
+
+def ways(config, processes, kind):
+    """(name, config, processes) of the run that is asked and of those like it."""
+    yield "as asked", config, processes
+    for name, options, count in WAYS:
+        if "lora_rank" in options:
+            options = {**options, "lora_rank": config.lora_rank or options["lora_rank"]}
+        other = dataclasses.replace(config, **options)
+        refused = other.offload_resting and kind == "cpu" or count > 1 and (
+            config.method == "kto_pair" or config.batch_size % count > 0)
+        if (other, count) != (config, processes) and not refused:
+            yield name, other, count
+
+
+def print_table(lines):
+    """Of (name, bill, {more columns})."""
+    _, found, more = lines[0]
+    table = [("GB of a process", *found, "all", *more)]
+    for name, found, more in lines:
+        values = (*found.values(), sum(found.values()))
+        table.append((name, *(f"{value / GB:.2f}" for value in values), *more.values()))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *others in table:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]))
+
+
+def main():
+    """Bills of GPUs that are not here, for made-up pairs: a prompt of 200 tokens, answers of 250."""
+    import train
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in SHAPES:
+        sys.exit(f"python -m scale.plan {{{','.join(SHAPES)}}} and options of train.py\n{__doc__}")
+    given = train.parse_arguments(arguments)
+    config = train.make_config({**{option: value for option, value in given.items()
+                                   if option not in train.SWITCHES}, "model": name, "data": "-"})
+    rows, lines = [([0] * 200, [0] * 250, [0] * 250)] * config.batch_size, []
+    for way, other, count in ways(config, 1, "cuda"):
+        found = bill(SHAPES[name], other, rows, count, "cuda")
+        cards = [card for card in CARDS if sum(found.values()) <= 0.9 * card * GB]
+        lines.append((way, found, {"fits into": f"{cards[0]} GB" if cards else "none"}))
+    print_table(lines)
+
+
+if __name__ == "__main__":
+    main()
