@@ -228,9 +228,9 @@ def response_logps(model, batch):
 
     if torch.is_autocast_enabled("cuda") and batch.input_ids.is_cuda:
         from scale.attention import of_pairs
-        attend = of_pairs(batch) or attend
+        attend = of_pairs(batch, model.config.head_dim) or attend
     hidden = model.hidden(batch.input_ids, batch.positions, attend, batch.predictors)[0]    # (N, D)
-    weight, size = model.head(), max(CHUNK, len(hidden) // CHUNKS)                  # (V, D)
+    weight, size = model.head(), max(CHUNK, -(-len(hidden) // CHUNKS))              # (V, D)
     token_logps = [recomputed(target_logps, some, weight, targets)
                    for some, targets in zip(hidden.split(size), batch.targets.split(size))]
     sums = [logps.sum() for logps in torch.cat(token_logps).split(batch.lengths)]

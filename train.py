@@ -361,9 +361,9 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
     sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
-    if plan or config.model is not None and not anyway:             # a new model is small
+    if plan or config.model is not None:                            # a new model is small
         from scale.plan import review
-        review(config, shape, rows, plan)
+        review(config, shape, rows, plan, anyway)
     model, other = kind.models(config, shape, folder)
     exchange, sign = ADVERSARIES[config.adversary]
     theirs = [(prompt, l, w) for prompt, w, l in rows] if exchange else rows

@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/speed.py --data Anthropic/hh-rlhf     # or what else train.py reads; Linux
     python benchmarks/speed.py --parts growth               # without TRL and data
-    python benchmarks/speed.py --parts gpu                  # one of 80 GB, without data
+    python benchmarks/speed.py --parts gpu                  # a GPU of 80 GB; without data
 
 README.md, beside this file, says what is compared with what. A worker is a process with one side's
 two models; it takes a turn, some steps, when it is told to, and is idle between turns.
@@ -50,7 +50,7 @@ SIDES = {"TRL plain": ("trl 16", {}, "TRL plain"),
 GPU_SIDES = {"TRL, 4 pairs at once": "trl 4", "TRL, 8 pairs at once": "trl 8",
              "DPO here": "here dpo", "IOPO here": "here iopo",
              "IOPO here, mask tensors": "here iopo-masked"}
-ON_GPU = torch.cuda.is_available()
+ON_GPU, NO_GPU = torch.cuda.is_available(), {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def decoder(size="8.6M", vocab_size=VOCABULARY):
@@ -102,7 +102,7 @@ def turns():
 def work_here(folder, loss):
     loss, _, masked = loss.partition("-")
     if masked:
-        attention.of_pairs = lambda batch: None
+        attention.of_pairs = lambda *_: None
     rows, config = json.loads((folder / "rows.json").read_text()), Config()
     if ON_GPU:
         config = Config(dtype="bfloat16", micro_tokens=GPU_TOKENS)
@@ -129,6 +129,8 @@ def work_in_trl(folder, micro_batch):
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            if ON_GPU:
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - self.begin
 
         def on_log(self, args, state, control, logs, **_):
@@ -146,7 +148,7 @@ def work_in_trl(folder, micro_batch):
     config = trl.DPOConfig(
         output_dir=str(folder / "trl"), per_device_train_batch_size=int(micro_batch),
         gradient_accumulation_steps=BATCH_SIZE // int(micro_batch), learning_rate=LR,
-        weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta, max_length=LONGEST,
+        weight_decay=0.0, lr_scheduler_type="constant", beta=Config.beta, max_length=None,
         train_sampling_strategy="sequential", gradient_checkpointing=False, bf16=ON_GPU,
         logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=not ON_GPU,
         max_steps=2**30, dataloader_pin_memory=False)
@@ -203,7 +205,7 @@ def compare(size, rows, tokenizer, rounds, against):
         logs = {name: folder / f"{name}.log" for name in sides}
         workers = {name: subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, "--data", folder, "--worker",
-             *arguments.split()], env=os.environ | environment, text=True,
+             *arguments.split()], env=os.environ | NO_GPU | environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=open(logs[name], "w"))
             for name, (arguments, environment, _) in sides.items()}
         seen = {name: turn_of(name, workers[name], logs[name]) for name in workers}     # none yet
@@ -367,6 +369,8 @@ if __name__ == "__main__":
         against_trl(options.data, options.sizes, options.rounds,
                     [f"TRL {which}" for which in options.against])
     if "gpu" in options.parts:
+        if not ON_GPU:
+            parser.error("the part gpu needs a GPU")
         on_gpu(options.rounds)
     if "growth" in options.parts:
         growth(options.rounds)

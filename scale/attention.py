@@ -14,9 +14,10 @@ from torch.nn.attention.varlen import varlen_attn
 GROUPS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def of_pairs(batch):
-    """What model.response_logps takes for `attend`; None where the GPU cannot."""
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
+def of_pairs(batch, head_dim):
+    """What model.response_logps takes for `attend`; None where the GPU or its kernels cannot."""
+    if head_dim % 8 or head_dim > 256 or \
+            not torch.cuda.is_bf16_supported(including_emulation=False):
         return None
     keys, queries, seen, place = [], [], [], 0
     for context, w, l in zip(batch.contexts, batch.lengths[::2], batch.lengths[1::2]):

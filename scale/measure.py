@@ -53,9 +53,9 @@ def write_model(folder, shape):
     SafeWorld.tokenizer().save(folder)
 
 
-def write_pairs(path, rng=random.Random(0)):
+def write_pairs(path):
     """Prompts of 100 to 300 tokens, answers of 100 to 400, all lengths as likely."""
-    kinds, tokenizer = [*SafeWorld().kinds], SafeWorld.tokenizer()
+    kinds, tokenizer, rng = [*SafeWorld().kinds], SafeWorld.tokenizer(), random.Random(0)
 
     def text(least, most):
         words, length = [], rng.randint(least, most)
@@ -94,12 +94,11 @@ def worker(arguments):
         else:
             train.main(arguments)
     finally:
-        if torch.cuda.is_available():
-            peak, rest = torch.cuda.max_memory_reserved(), plan.PROCESS["cuda"]
-        else:
-            lines = dict(line.split(":") for line in open("/proc/self/status"))
-            peak, rest = int(lines["VmHWM"].split()[0]) * 1024, 0
         if seconds:                                    # else it was refused
+            peak, rest = torch.cuda.max_memory_reserved(), bills[0]["process"]
+            if peak == 0:                              # no GPU, or none used
+                lines = dict(line.split(":") for line in open("/proc/self/status"))
+                peak, rest = int(lines["VmHWM"].split()[0]) * 1024, 0
             seen = {"peak": peak, "bill": sum(bills[0].values()) - rest, "seconds": seconds[1:]}
             print("MEASURED", json.dumps(seen), file=sys.__stdout__, flush=True)
 
@@ -141,6 +140,7 @@ def main():
         for _ in range(options.rounds):
             for way in options.ways:
                 seen[way].append(measure(way, arguments, folder / "run"))
+                print(way, seen[way][-1], file=sys.stderr, flush=True)
     print("| way | peak, GB | bill, GB | bill / peak | s/step |\n|---|---|---|---|---|")
     for way, runs in seen.items():
         if None not in runs:

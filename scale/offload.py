@@ -4,6 +4,8 @@
 before the first optimiser step of the player whose turn it is.
 """
 
+import functools
+
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -40,10 +42,14 @@ def moved(value, device, parameter=None):
         return value
     if not isinstance(value, DTensor):
         return value.to(device)
-    mesh = parameter.device_mesh if parameter is not None else \
-        init_device_mesh("cpu", value.device_mesh.shape)
+    mesh = cpus(value.device_mesh.shape) if parameter is None else parameter.device_mesh
     return DTensor.from_local(value.to_local().to(device), mesh, value.placements,
                               shape=value.shape, stride=value.stride())
+
+
+@functools.cache
+def cpus(shape):
+    return init_device_mesh("cpu", shape)
 
 
 MOMENTS = "exp_avg", "exp_avg_sq"

@@ -8,6 +8,7 @@ Every run of a --model asks `review`. README.md, beside this file, has what was 
 """
 
 import dataclasses
+import itertools
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import groups
+from data import batches, groups
 from model import CHUNK, CHUNKS, Decoder, DecoderConfig, find_device
 
 GB = 1e9
@@ -26,22 +27,26 @@ WAYS = (("--method dpo: one player", {"method": "dpo", "n_nu": 0}, 1),
         ("--gradient-checkpointing", {"gradient_checkpointing": True}, 1),
         ("--offload-resting", {"offload_resting": True}, 1),
         ("--lora-rank 16", {"lora_rank": 16}, 1),
-        ("the same, --dtype and --backbone-dtype bfloat16", ADAPTERS, 1),
+        ("--lora-rank 16, --dtype and --backbone-dtype bfloat16", ADAPTERS, 1),
+        ("the same, --gradient-checkpointing", {**ADAPTERS, "gradient_checkpointing": True}, 1),
         ("torchrun, 2 processes", {}, 2), ("torchrun, 8 processes", {}, 8),
-        ("torchrun, 8 processes, adapters as above", ADAPTERS, 8))
+        ("torchrun, 8 processes, those adapters", ADAPTERS, 8))
 
 PROCESS = {"cpu": 0.4 * GB, "cuda": 0.6 * GB}          # of PyTorch, before any tensor
+PEFT = 0.1 * GB                                        # what it loads
+CONTAINER = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 CARDS = (24, 40, 80, 141)     # GB of GPUs; a tenth is left to what the allocator cannot use
 LONG = dict(max_position_embeddings=4096)
 SHAPES = {"1B": DecoderConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True,
                               **LONG),                                     # Llama-3.2-1B
-          "7B": DecoderConfig(125696, 4096, 11008, 32, 32, 32, 128, **LONG)}      # Baichuan2-7B
+          "7B": DecoderConfig(125696, 4096, 11008, 32, 32, 32, 128, model_type="baichuan",
+                              **LONG)}                                     # Baichuan2-7B
 
 
 # ---- Memory --------------------------------------------------------------------------------------
 
 def bill(shape, config, step, processes=1, device="cpu"):
-    """{what: bytes} of each process of a run when it has most; `step` is its largest step's rows.
+    """{what: bytes} of a process of a run when it has most; `step` is its largest step's rows.
 
     Masters, moments and gradients are float32. A player that trains keeps one pass at a time; ENV
     keeps nothing. From a step's second pass on there is a gradient beside that; shards of it meet
@@ -51,20 +56,21 @@ def bill(shape, config, step, processes=1, device="cpu"):
     backbone = size.whole * (2 if config.backbone_dtype == "bfloat16" else 4)
     frozen = 0 if config.lora_rank is None else backbone
     with_moments = 1 if config.offload_resting or not config.n_nu else 2
-    passes = groups(step[len(step) - len(step) // processes:], config.micro_tokens)
+    [ordered] = groups(step, None)                     # the last process has the longest rows
+    passes = groups(ordered[processes - 1::processes], config.micro_tokens)
     gradient = 4 * size.trained / (processes if len(passes) == 1 else 1)
     most = max([(gradient if number else 0, *passing(size, config, rows, device))
                 for number, rows in enumerate(passes)] + [(gradient, 0, 0)], key=sum)
     together = 0
     if processes > 1:                                  # of shards: the rest, and two blocks
         together = (size.rest + 2 * size.block) * (2 if half else 4)
-    elif half and (frozen == 0 or frozen == 4 * size.whole) and not config.gradient_checkpointing:
+    elif half and (frozen == 0 or not config.gradient_checkpointing and frozen == 4 * size.whole):
         together = 2 * size.layers                     # what autocast makes of float32 weights
     return {"weights": (frozen + 2 * 4 * size.trained) / processes,
             "moments": with_moments * 8 * size.trained / processes,
             **dict(zip(("gradient", "activations", "vocabulary"), most)),
             "together": together,
-            "process": PROCESS[device] + (0 if config.lora_rank is None else 0.1 * GB)}     # peft's
+            "process": PROCESS.get(device, PROCESS["cpu"]) + (PEFT if frozen else 0)}
 
 
 class Sizes:
@@ -99,10 +105,13 @@ def passing(size, config, rows, device):
             + entry * 7 * (config.lora_rank or 0))     # of a token, in a layer
     layers = depth * kept if not config.gradient_checkpointing else depth * 4 * D + kept
     answers = answer_tokens(rows)
-    chunk = min(answers, max(CHUNK, answers // CHUNKS))
+    chunk = min(answers, max(CHUNK, -(-answers // CHUNKS)))
     logits = (12 + 4 * autocast) * shape.vocab_size    # of a token: they, softmax, gradient
-    return (tokens(rows) * (layers + product * 3 * inner),
-            chunk * logits + (0 if lora else 4 * size.head))           # a chunk's part of its own
+    weight = 2 if lora and config.backbone_dtype == "bfloat16" else 4
+    head = weight * ("norm_head" in shape.family)      # the rows of length 1
+    head += 2 * (autocast and weight == 4)             # its copy
+    head += 0 if lora else 4 + 2 * autocast            # a chunk's gradient of it, and its copy
+    return tokens(rows) * (layers + product * 3 * inner), chunk * logits + head * size.head
 
 
 def tokens(rows):
@@ -114,15 +123,15 @@ def answer_tokens(rows):
 
 
 def memory(device):
-    """Free bytes of a GPU, or of this machine or its container; None: unknown."""
+    """Bytes that a GPU, or this machine or its container, has for a process at most, what it
+    holds already included; None: unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info(device)[0] + PROCESS["cuda"]
     try:
         known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limit = Path("/sys/fs/cgroup/memory.max")
-        limit = limit.read_text().strip() if limit.is_file() else "max"
-        free = int(known["MemAvailable"].split()[0]) * 1024
-        return free if limit == "max" else min(free, int(limit))
+        limits = [path.read_text().strip() for path in map(Path, CONTAINER) if path.is_file()]
+        return min([int(known["MemAvailable"].split()[0]) * 1024 + PROCESS["cpu"],
+                    *(int(limit) for limit in limits if limit != "max")])
     except (OSError, KeyError, ValueError):
         return None
 
@@ -139,9 +148,9 @@ def seconds(size, config, rows, rate):
     return config.batch_size * (layers + head) / len(rows) / (rate / 2)
 
 
-def matrix_rate(shape, config, device):
+def matrix_rate(shape, dtype, device):
     """FLOP/s of a feed-forward product of this model, the best within half a second."""
-    dtype, best, end = getattr(torch, config.dtype), 0, time.perf_counter() + 0.5
+    dtype, best, end = getattr(torch, dtype), 0, time.perf_counter() + 0.5
     x = torch.randn(1024, shape.hidden_size, device=device, dtype=dtype)
     weight = torch.randn(shape.intermediate_size, shape.hidden_size, device=device, dtype=dtype)
     while best == 0 or time.perf_counter() < end:
@@ -153,53 +162,74 @@ def matrix_rate(shape, config, device):
 
 # ---- What a run asks -----------------------------------------------------------------------------
 
-def review(config, shape, rows, plan):
+def review(config, shape, rows, plan, anyway):
     """Refuse a run that cannot fit; with `plan` print what this and other ways take, and end."""
     device = find_device(config.device)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    step = sorted(rows, key=lambda row: tokens([row]))[-config.batch_size:]
-    room = memory(device)
+    step = largest_step(config, rows)
+    room, host = least(memory(device)), least(memory(torch.device("cpu")))
     if plan:
         print_bills(config, shape, rows, step, processes, device, room)
         raise SystemExit
-    need = sum(bill(shape, config, step, processes, device.type).values())
-    if device.type == "cpu":                           # the processes of this machine share it
-        need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if room is not None and need > room:
-        raise ValueError(f"this run takes about {need / GB:.1f} GB and {room / GB:.1f} GB are free "
-                         f"here ({device.type}); --plan instead shows what would fit, --anyway "
-                         "tries all the same")
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))                # processes of this machine
+    needs = [(device.type, room, sum(bill(shape, config, step, processes, device.type).values())
+              * (beside if device.type == "cpu" else 1))]
+    if config.offload_resting:
+        needs.append(("cpu", host, 8 * Sizes(shape, config).trained * beside / processes))
+    for kind, free, need in needs:
+        if free is not None and need > free and not anyway:
+            raise ValueError(f"this run takes about {need / GB:.1f} GB and {free / GB:.1f} GB are "
+                             f"free here ({kind}); --plan instead shows what would fit, --anyway "
+                             "tries all the same")
+
+
+def largest_step(config, rows):
+    """The rows of the step with most tokens, of a run's first thousand, which both players make."""
+    count = max(1, min(1000, config.n_iter * max(config.n_mu, config.n_nu)))
+    return max(itertools.islice(batches(rows, config.batch_size, config.seed), count), key=tokens)
+
+
+def least(room):
+    """Of all processes, so that they decide alike, and before any of them loads."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return room
+    rooms = [None] * dist.get_world_size()
+    dist.all_gather_object(rooms, room)
+    return min((one for one in rooms if one is not None), default=None)
 
 
 def print_bills(config, shape, rows, step, processes, device, room):
-    rate, mean = matrix_rate(shape, config, device), config.batch_size * tokens(rows) / len(rows)
+    mean = config.batch_size * tokens(rows) / len(rows)
+    rates = {dtype: matrix_rate(shape, dtype, device) for dtype in ("float32", "bfloat16")}
     print(f"{Sizes(shape, config).whole / 1e6:,.1f}M parameters; a step is {config.batch_size} "
-          f"pairs, about {mean:,.0f} tokens; a product of this model runs at {rate / 1e9:,.0f} "
-          f"GFLOP/s\nfree here ({device.type}): "
+          f"pairs, about {mean:,.0f} tokens; a product of this model runs at "
+          f"{rates[config.dtype] / 1e9:,.0f} GFLOP/s\nfree here ({device.type}): "
           + ("unknown" if room is None else f"{room / GB:.1f} GB"))
     lines = []
     for name, other, count in ways(config, processes, device.type):
-        shared = count if device.type == "cpu" else 1  # processes of one machine share memory, time
+        shared = count if device.type == "cpu" else 1  # processes share memory, and cores unless
+        alone = count if processes > 1 else count / shared             # their rate was measured so
         found = bill(shape, other, step, count, device.type)
         fits = "?" if room is None else "yes" if sum(found.values()) * shared <= room else "no"
-        took = seconds(Sizes(shape, other), other, rows, rate) * shared / count
+        took = seconds(Sizes(shape, other), other, rows, rates[other.dtype]) / alone
         lines.append((name, found, {"fits": fits, "s/step": f"{took:.2g}"}))
     print_table(lines)
     trained = Sizes(shape, config).trained
-    print(f"on disk, as asked: a checkpoint {24 * trained / GB:.2f} GB, twice that while it is "
-          f"replaced; each player {4 * trained / GB:.2f} GB")
+    each = (16 + 8 * (config.n_nu > 0)) * trained
+    print(f"on disk, as asked: a checkpoint {each / GB:.2f} GB, twice that while it is replaced; "
+          f"each player {4 * trained / GB:.2f} GB")
 
 
 def ways(config, processes, kind):
-    """(name, config, processes) of the run that is asked and of those like it."""
-    yield "as asked", config, processes
-    for name, options, count in WAYS:
-        if "lora_rank" in options:
-            options = {**options, "lora_rank": config.lora_rank or options["lora_rank"]}
+    """(name, config, processes) of the run that is asked and of those like it, each once."""
+    seen = []
+    for name, options, count in (("as asked", {}, processes), *WAYS):
         other = dataclasses.replace(config, **options)
-        refused = other.offload_resting and kind == "cpu" or count > 1 and (
-            config.method == "kto_pair" or config.batch_size % count > 0)
-        if (other, count) != (config, processes) and not refused:
+        refused = count > 1 and (config.method == "kto_pair" or config.batch_size % count > 0) or \
+            options.get("offload_resting") and (kind == "cpu" or config.n_nu == 0) or \
+            "lora_rank" in options and (config.model is None or config.sft_steps > 0)
+        if (other, count) not in seen and not refused:
+            seen.append((other, count))
             yield name, other, count
 
 
@@ -216,14 +246,21 @@ def print_table(lines):
 
 
 def main():
-    """Bills of GPUs that are not here, for made-up pairs: a prompt of 200 tokens, answers of 250."""
+    """Bills of GPUs that are not here: of pairs of 700 tokens, prompt 200 and each answer 250."""
     import train
     name, *arguments = sys.argv[1:] or [""]
     if name not in SHAPES:
         sys.exit(f"python -m scale.plan {{{','.join(SHAPES)}}} and options of train.py\n{__doc__}")
     given = train.parse_arguments(arguments)
-    config = train.make_config({**{option: value for option, value in given.items()
-                                   if option not in train.SWITCHES}, "model": name, "data": "-"})
+    unread = [option for option in ("model", "data", "held_out", "leave_out", "out", "device",
+                                    "max_length", *train.SWITCHES) if given.pop(option, None)]
+    try:
+        if unread:
+            raise ValueError(f"{train.flag_of(unread[0])} is not read here")
+        config = train.make_config({**given, "model": name, "data": "-"})
+    except ValueError as error:
+        print(f"scale.plan: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     rows, lines = [([0] * 200, [0] * 250, [0] * 250)] * config.batch_size, []
     for way, other, count in ways(config, 1, "cuda"):
         found = bill(SHAPES[name], other, rows, count, "cuda")
