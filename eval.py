@@ -423,5 +423,6 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")              # a terminal may lack a character
+    from scale import guard
+    guard.console(reader_may_go=True)
     main()

@@ -2600,8 +2600,22 @@ def test_bfloat16_starts_at_margin_zero_too(tmp_path):
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "run", "--lr", "1e18")
-    assert stop.value.code == 1 and "not finite" in capsys.readouterr().err
+    assert stop.value.code == 1 and "its weights then inf" in capsys.readouterr().err
     assert not (tmp_path / "run/protagonist").exists()
+
+
+@pytest.mark.parametrize("lr", ("1e6", "1e18"))
+def test_a_last_step_that_explodes_is_not_saved(tmp_path, capsys, lr):
+    """Of the adversary, whose gradient was fine: what its weights are then tells."""
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", "--n-iter", "1", "--n-mu", "0", "--n-nu", "1", "--lr", lr,
+            "--save-every", "3")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "not saved: in a player's step 1 (iopo)" in said
+    assert "gradient has norm nan" not in said and "its weights then" in said
+    assert not (tmp_path / "run/adversary").exists()
+    found = sorted(path.name.split("-")[1] for path in (tmp_path / "run/checkpoint").iterdir())
+    assert found == ["3", "6"]
 
 
 # Looks at held-out pairs
@@ -2741,18 +2755,137 @@ def test_a_resumed_run_makes_only_the_steps_left(tmp_path, monkeypatch, no_table
     assert len(made) == 14 - 8
 
 
-def test_ctrl_c_says_how_to_go_on(looked, tmp_path, capsys, monkeypatch, no_table):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("name,code", (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)))
+@pytest.mark.parametrize("at", (2, 8))
+def test_a_signal_saves_and_says_how_to_go_on(
+        looked, tmp_path, capsys, monkeypatch, no_table, name, code, at):
+    """In the middle of a step, of SFT or of a player: the step is made, and no more."""
+    made, step = [], train.optimizer_step
+
+    def signalled(*arguments):
+        made.append(1)
+        if len(made) == at:
+            signal.raise_signal(getattr(signal, name))
+        return step(*arguments)
+
+    before = signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train, "log", interrupted)
+        patch.setattr(train, "optimizer_step", signalled)
         run(tmp_path / "run", *LOOKS)
-    assert stop.value.code == 130
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert stop.value.code == code and len(lines) == at
+    assert signal.getsignal(getattr(signal, name)) == before
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("stopped; ") and "Traceback" not in last
     command = re.search(r"python train\.py (.*)$", last)[1]
     train.main(command.split())
     assert same(read_run(tmp_path / "run")[1], read_run(looked)[1])
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(looked, tmp_path, no_table):
+    """In a process of its own, between two steps that nobody waits for."""
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import test_iopo, train
+train.WORLD_PAIRS, train.LOOKED_AT = {train.WORLD_PAIRS}, {train.LOOKED_AT}
+train.WORLD_MODEL = {train.WORLD_MODEL}
+step, made = train.optimizer_step, []
+
+def twice(*arguments):
+    made.append(1)
+    if len(made) == 9:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    return step(*arguments)
+
+train.optimizer_step = twice
+test_iopo.run({str(tmp_path / "run")!r}, *test_iopo.LOOKS, "--save-every", "4")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 143, done.stderr
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+
+
+def test_ctrl_c_before_training_is_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "find_start", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run")
+    assert stop.value.code == 130 and not (tmp_path / "run").exists()
+
+
+def test_a_run_has_one_writer(unfinished, tmp_path, capsys):
+    """Another one is refused, whether it goes on with the run or begins it in the same instant."""
+    fcntl = pytest.importorskip("fcntl")
+    new = tmp_path / "new"
+    new.mkdir()
+    for out, more in ((unfinished, ["--resume"]), (new, QUICK)):
+        before, folder = contents(out), os.open(out, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        said = refused(train.main, ["--out", str(out), *more], capsys)
+        os.close(folder)
+        assert "another process" in said and contents(out) == before
+
+
+def test_one_that_began_while_this_one_read_is_not_written_over(tmp_path, capsys, monkeypatch):
+    prepare = train.prepare
+
+    def slowly(*arguments):
+        job = prepare(*arguments)
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/config.json").write_text("theirs")
+        return job
+
+    monkeypatch.setattr(train, "prepare", slowly)
+    assert "another process" in refused(
+        train.main, ["--out", str(tmp_path / "run"), *QUICK], capsys)
+    assert (tmp_path / "run/config.json").read_text() == "theirs"
+
+
+def flip(path, place):
+    whole = bytearray(path.read_bytes())
+    whole[place % len(whole)] ^= 1
+    path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("place", (200, 5000, -3000, -1))
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+        looked, tmp_path, capsys, no_table, place):
+    with killed("step", 13):
+        run(tmp_path / "run", *LOOKS, "--save-every", "3")
+    found = sorted((tmp_path / "run/checkpoint").iterdir(),
+                   key=lambda path: int(path.name.split("-")[1]))
+    assert [path.name.split("-")[1] for path in found] == ["9", "12"]
+    flip(found[1], place)
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert f"{found[1]} is damaged; going on from {found[0]}" in capsys.readouterr().err
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+    assert same(read_run(tmp_path / "run")[1], read_run(looked)[1])
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(looked, tmp_path, capsys, monkeypatch, no_table):
+    saved, save = [], torch.save
+
+    def full(state, path):
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/7")
+        save(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path / "run", *LOOKS, "--save-every", "3")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "PytorchStreamWriter" in said and "are whole" in said
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
 
 
 def test_a_finished_run_is_left_alone(looked, capsys):
@@ -2776,10 +2909,8 @@ def test_a_run_killed_before_it_had_a_config_starts_again(tmp_path, no_table):
 def unfinished(looked, tmp_path):
     """A copy of the run as if it was killed before its players were saved."""
     out = tmp_path / "run"
-    out.mkdir()
-    (out / "checkpoint").mkdir()
-    for name in ("config.json", "metrics.jsonl", "checkpoint/state.pt"):
-        (out / name).write_bytes((looked / name).read_bytes())
+    shutil.copytree(looked, out, ignore=shutil.ignore_patterns(
+        "protagonist", "adversary", "sft"))
     return out
 
 
@@ -2787,12 +2918,17 @@ def test_a_run_is_resumed_by_the_options_it_has(unfinished, looked, capsys, no_t
     command = ["--out", str(unfinished), "--resume"]
     assert "--lr 0.5 differs" in refused(train.main, [*command, "--lr", "0.5"], capsys)
     assert "--look-every" in refused(train.main, [*command, "--look-every", "2"], capsys)
-    train.main([*command, "--lr", "1e-3"])
+    train.main([*command, "--lr", "1e-3", "--save-every", "2", "--device", "cpu"])  # these may
     assert same(read_run(unfinished)[1], read_run(looked)[1])
 
 
 def cut(path, count):
     path.write_bytes(path.read_bytes()[:count])
+
+
+def checkpoint_of(run):
+    [path] = (run / "checkpoint").iterdir()
+    return path
 
 
 DAMAGES = {
@@ -2806,12 +2942,11 @@ DAMAGES = {
     "a wrong type": (lambda run: edit_json(run / "config.json", n_iter="x"), "--n-iter"),
     "a truth for a number": (lambda run: edit_json(run / "config.json", n_mu=True), "--n-mu"),
     "out of range": (lambda run: edit_json(run / "config.json", eps=2), "--eps"),
-    "a shorter run": (lambda run: edit_json(run / "config.json", n_iter=1), "state.pt"),
-    "half a checkpoint": (lambda run: cut(run / "checkpoint/state.pt", 5000), "state.pt"),
-    "another checkpoint": (lambda run: torch.save([1], run / "checkpoint/state.pt"), "state.pt"),
-    "a checkpoint of another model": (lambda run: torch.save(
-        {**torch.load(run / "checkpoint/state.pt"), "players": {}}, run / "checkpoint/state.pt"),
-        "state.pt"),
+    "a shorter run": (lambda run: edit_json(run / "config.json", n_iter=1), "other --n-iter;"),
+    "other options": (lambda run: edit_json(run / "config.json", lr=1e-4, beta=0.3),
+                      "other --beta, --lr;"),
+    "half a checkpoint": (lambda run: cut(checkpoint_of(run), 5000), ".pt is damaged"),
+    "another checkpoint": (lambda run: torch.save([1], checkpoint_of(run)), ".pt is damaged"),
     "metrics too short": (lambda run: cut(run / "metrics.jsonl", 900), "metrics.jsonl"),
     "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl")}
 
@@ -2850,7 +2985,23 @@ def test_other_pairs_are_noticed(split, unfinished, monkeypatch, capsys):
     monkeypatch.setattr(SafeWorld, "pairs", lambda world, name, n: pairs(world, name, n)[
         ::-1 if name == split else 1])
     said = refused(train.main, ["--out", str(unfinished), "--resume"], capsys)
-    assert "does not fit the pairs" in said
+    assert f"other {'training' if split == 'train' else 'held-out'} pairs;" in said
+
+
+@pytest.mark.parametrize("file", ("model.safetensors", "config.json", "tokenizer_config.json"))
+def test_another_start_is_noticed(file, looked, tmp_path, capsys):
+    """Though a resumed run takes its weights from the checkpoint."""
+    shutil.copytree(looked / "sft", tmp_path / "start")
+    with killed("step", 3):
+        train.main(["--out", str(tmp_path / "run"), "--model", str(tmp_path / "start"),
+                    "--eval-prompts", "0", "--save-every", "2", "--batch-size", "4"])
+    path = tmp_path / "start" / file
+    if file == "model.safetensors":
+        flip(path, -1)
+    else:
+        path.write_text(path.read_text() + " ")
+    said = refused(train.main, ["--out", str(tmp_path / "run"), "--resume"], capsys)
+    assert "other files of the start model;" in said
 
 
 def test_a_model_of_the_safe_world_can_be_gone_on_with(tmp_path, capsys):
@@ -3556,6 +3707,27 @@ def test_help_names_every_option(capsys):
         assert f"--{name.replace('_', '-')} " in out
 
 
+def test_nothing_that_is_printed_moves_the_terminal(tmp_path):
+    """A run's name and a prompt's text, on both streams of the real programs."""
+    name = "\x1b[31mred\x07\r\x9b2J"
+    finished_run(tmp_path / f"run{name}")
+    for arguments in (["eval.py", f"run{name}", "--prompt", f"How{name} do I?"],
+                      ["train.py", "--out", f"run{name}"]):
+        done = subprocess.run([sys.executable, HERE / arguments[0], *arguments[1:]], cwd=tmp_path,
+                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        shown = (done.stdout + done.stderr.replace(b"\r", b"")).decode()
+        assert "\\x" in shown
+        assert not set(shown) & {*map(chr, (*range(32), *range(127, 160)))} - {"\n", "\t"}, shown
+
+
+def test_eval_into_a_closed_pipe(tmp_path):
+    finished_run(tmp_path / "run")
+    done = subprocess.run(
+        f"{sys.executable} {HERE / 'eval.py'} run --prompts 30 | true", shell=True, cwd=tmp_path,
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert "Traceback" not in done.stderr and "Error" not in done.stderr
+
+
 def test_eval_from_the_shell(tmp_path):
     """The real thing once: exit codes, and what is on stdout and stderr."""
     def command(*arguments):
@@ -3586,7 +3758,7 @@ def test_eval_from_the_shell(tmp_path):
 
 # ---- The house: who may import whom, how long it is, what the README says ------------------------
 
-ROOMS = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data"},
+ROOMS = {"iopo": set(), "model": set(), "data": set(), "train": {"iopo", "model", "data", "scale"},
          "eval": {"iopo", "model", "data"}}
 LIBRARIES = {"iopo": {"torch"}, "model": {"torch", "safetensors"},
              "data": {"numpy", "torch", "tokenizers"}, "train": {"torch", "tqdm"},
@@ -3692,6 +3864,7 @@ def test_readme_names_what_exists(capsys):
     rooms = {"iopo": iopo, "model": decoder, "data": data, "train": train, "eval": examination}
     for room, name in re.findall(r"`(iopo|model|data|train|eval)\.(\w+)[`(]", readme):
         assert name == "py" or hasattr(rooms[room], name), f"{room}.{name}"
+    assert {*re.findall(r"`(test_\w+)`", readme)} <= globals().keys()
     for file in re.findall(r"`((?:\w+/)*\w+\.(?:py|txt|md))`", readme):
         assert (HERE / file).exists(), file
     for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme):

@@ -9,11 +9,9 @@
 import argparse
 import copy
 import dataclasses
-import hashlib
 import inspect
 import json
 import os
-import shutil
 import sys
 import typing
 from pathlib import Path
@@ -25,6 +23,7 @@ from data import (SafeWorld, Tokenizer, batches, encode_pairs, find_source, load
                   micro_batches, read_object, replace_file)
 from iopo import ADVERSARIES, LOSSES, iopo_weight, preference_margin, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
+from scale import guard
 
 
 def option(default, help, **more):
@@ -85,7 +84,7 @@ def train(job, look=None):
              "protagonist": (mu, nu),            # lines 3 to 5: AGENT mu, ENV nu
              "adversary": (nu, mu)}              # lines 8 to 10: AGENT nu, ENV mu
     schedule = [(0, "sft")] * config.sft_steps + [*turns(config.n_iter, config.n_mu, config.n_nu)]
-    done, file = job.load(len(schedule))
+    done, file = job.load()
     if done == config.sft_steps:                 # no SFT, or a resumed run has just ended it
         begin(job)
     with file, tqdm(total=len(schedule), initial=done) as bar:
@@ -97,8 +96,7 @@ def train(job, look=None):
             if config.look_every and step % config.look_every == 0:
                 metrics |= look(job, step, iteration, name)
             log(file, bar, {"step": step, "iteration": iteration, "player": name, **metrics})
-            if step == len(schedule) or config.save_every and step % config.save_every == 0:
-                job.save(step)
+            job.end_of_step(step, len(schedule))
     job.save_player("protagonist")                                              # line 12
     if config.n_nu:
         job.save_player("adversary")
@@ -127,6 +125,7 @@ class Player:
 
     AdamW at a constant rate, without decay; moments are kept across turns. Every player has its own
     stream of pairs: mu sees the same ones whatever nu does. SFT's rows have no rejected answer."""
+    largest = 1e6               # norm of all weights that is saved; in a model of 7B it is near 2e3
 
     def __init__(self, model, rows, loss, lr, config, sign=+1):
         self.model, self.rows, self.loss, self.sign, self.config = model, rows, loss, sign, config
@@ -153,17 +152,22 @@ class Player:
         """Of a step: tensors of all pairs, from those that this process has seen."""
         return seen
 
-    def clip(self):
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+    def norm(self, tensors):
+        return torch.nn.utils.get_total_norm(tensors)
 
     def update(self):
         """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
-        norm = self.clip()
-        if not norm.isfinite():
-            raise FloatingPointError("the gradient is not finite; try a smaller --lr")
+        parameters, self.steps = [*self.model.parameters()], self.steps + 1
+        norm = self.norm([parameter.grad for parameter in parameters])
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
+        size = self.norm(parameters)
+        if not (norm.isfinite() and size < self.largest):
+            raise FloatingPointError(
+                f"not saved: in a player's step {self.steps} ({self.loss}) its gradient has norm "
+                f"{norm:g}, its weights then {size:g}; look at --lr, --beta and the weights it "
+                "began with")
         return norm.item()
 
 
@@ -232,7 +236,7 @@ def find_run(given, resume):
     if found.keys() != vars(Config()).keys() or vars(make_config(found, {})) != found:
         raise ValueError(f"--out {out} has no config.json of this version of the code; go on with "
                          "it by the version that began it")
-    return found | {"out": given["out"]}                            # it may have been moved
+    return found | {name: given[name] for name in guard.FREE & given.keys()}
 
 
 def save_config(config):
@@ -248,8 +252,9 @@ class Job:
     tokenizer: Tokenizer
     players: dict                       # "sft" and "protagonist", of one model, and "adversary"
     held_out: list                      # rows that --look-every looks at
-    fingerprint: str                    # of the training pairs and of those
-    start: torch.Tensor | None = None   # what the start says of those, see held_out_logps
+    made_of: dict                       # what decides results: options, hashes of what was read
+    start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
+    signal: int = 0                     # the number of one that has come in
     player = Player                     # what its players are
     command = "python train.py"         # what goes on with it
 
@@ -266,55 +271,53 @@ class Job:
             return adapters(model, config)
         return model, copy.deepcopy(model)
 
+    def agree(self, look):
+        """What all processes of the run take for what `look` finds: it is the only one."""
+        return look()
+
     def finish(self):
         """What there is to do after training, before the run is examined: nothing."""
 
     def save_player(self, name):
         """A Hugging Face folder, complete or not there at all."""
-        folder = Path(self.config.out) / name
-        partial = folder.with_name(f"{name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.players[name].model.save_pretrained(partial)
-        self.tokenizer.save(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with guard.whole_folder(Path(self.config.out) / name) as folder:
+            self.players[name].model.save_pretrained(folder)
+            self.tokenizer.save(folder)
+
+    def end_of_step(self, step, last):
+        """Save every --save-every steps, after the last, and where a signal says to stop."""
+        every = self.config.save_every
+        if self.signal or step == last or every and step % every == 0:
+            self.save(step)
+        if self.signal:
+            raise guard.Stopped(self.signal)
 
     def save(self, step):
-        """All that a resumed run cannot work out from its config: one file, put in one move."""
-        state = {"step": step, "data": self.fingerprint, "start": self.start, "players": {
-            name: (player.model.state_dict(), player.optimizer.state_dict(), player.steps)
-            for name, player in self.players.items()}}
-        path = Path(self.config.out) / "checkpoint/state.pt.partial"
-        path.parent.mkdir(exist_ok=True)
-        torch.save(state, path)
-        path.replace(path.with_suffix(""))
+        """All that a resumed run cannot work out from its config, and what it was made of."""
+        guard.write_checkpoint(Path(self.config.out) / "checkpoint", step, {
+            "step": step, "made_of": self.made_of, "start": self.start, "players": {
+                name: (player.model.state_dict(), player.optimizer.state_dict(), player.steps)
+                for name, player in self.players.items()}})
 
-    def load(self, steps):
-        """Go to the checkpoint of a run of so many steps: (steps done, metrics.jsonl)."""
+    def load(self):
+        """Go to the last checkpoint that is whole: (steps done, metrics.jsonl)."""
         out, done, lines = Path(self.config.out), 0, []
-        path, metrics = out / "checkpoint/state.pt", out / "metrics.jsonl"
-        if path.exists():
-            try:
-                done, fingerprint = self.read(path)
-                lines = metrics.read_bytes().splitlines(keepends=True)
-                if fingerprint != self.fingerprint or done > min(steps, len(lines)):
-                    raise ValueError
-            except Exception:                                  # a damaged file can raise anything
-                raise ValueError(f"{path}: damaged, or does not fit the pairs, config.json and "
-                                 "metrics.jsonl; resume needs all of them as they were") from None
+        state, metrics = guard.read_checkpoint(self), out / "metrics.jsonl"
+        if state is not None:
+            done, lines = state["step"], metrics.read_bytes().splitlines(keepends=True)
+            if done > len(lines):
+                raise ValueError(f"{metrics} has {len(lines)} of {done} lines; resume needs them")
+            self.go_to(state)
         replace_file(metrics, b"".join(lines[:done]))
         return done, metrics.open("a", buffering=1)                  # by lines
 
-    def read(self, path):
-        """Go to a checkpoint; returns its step and fingerprint."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def go_to(self, state):
         for name, player in self.players.items():
             weights, moments, made = state["players"][name]
             player.model.load_state_dict(weights)
             player.optimizer.load_state_dict(moments)
             player.start_at(made)
         self.start = state["start"]
-        return state["step"], state["data"]
 
 
 def log(file, bar, row):
@@ -333,8 +336,7 @@ def log(file, bar, row):
 WORLD_PAIRS, LOOKED_AT = 3000, 200
 WORLD_MODEL = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, head_dim=16,
                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-SWITCHES = {"resume": "go on with --out", "plan": "print what a run takes of memory, disk and time",
-            "anyway": "run though --plan says that memory does not suffice"}
+SWITCHES = dict(resume="go on with --out", plan="print the bill, no run", anyway="without room too")
 IDLED = [("ratio", "one", ("eps", "clip")), ("clip", "none", ("eps",)),
          ("n_nu", 0, ("adversary", "offload_resting")), ("sft_steps", 0, ("sft_lr",)),
          ("n_iter", 0, ("n_mu", "n_nu", "lr", "beta")), ("lora_rank", None, ("backbone_dtype",))]
@@ -358,7 +360,7 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     if not rows or config.look_every and not held_out:
         raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
-    fingerprint = hashlib.sha256(repr((rows, drafts, held_out)).encode()).hexdigest()
+    made_of = guard.ingredients(config, shape, folder, (rows, drafts), held_out)
     sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
     if plan or config.model is not None:                            # a new model is small
@@ -373,7 +375,7 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     if config.offload_resting:
         from scale.offload import take_turns
         take_turns(players)
-    return kind(config, tokenizer, players, held_out, fingerprint)
+    return kind(config, tokenizer, players, held_out, made_of)
 
 
 def find_start(config):
@@ -455,7 +457,6 @@ def parse_arguments(arguments):
 
 
 def main(arguments=None, kind=Job):
-    job = None
     try:
         given = parse_arguments(arguments)
         resume, plan, anyway = map(given.pop, SWITCHES)
@@ -468,22 +469,20 @@ def main(arguments=None, kind=Job):
             print(f"{config.out} is finished; examine it by: python eval.py {config.out}")
             return
         job = prepare(config, kind, plan, anyway)
-        if not found:
-            save_config(config)
         print(" ".join(f"{name}={value}" for name, value in vars(config).items()), flush=True)
         idle = [f"{flag_of(name)} (by {flag_of(by)} {value})" for by, value, names in IDLED
                 for name in names if name in given and getattr(config, by) == value]
         if idle:
             print(f"without effect in this run: {', '.join(idle)}", flush=True)
-        train(job)
+        with guard.guarded(job, new=not found):
+            if not found:
+                save_config(config)
+            train(job)
         job.finish()
         job = None                                                  # eval.py loads one at a time
         import eval
         eval.main(["--device", config.device, "--", config.out])    # the closing table
-    except KeyboardInterrupt:
-        if job is not None:
-            print(f"stopped; go on by: {kind.command} --out {config.out} --resume",
-                  file=sys.stderr)
+    except KeyboardInterrupt:                                       # not while it trains
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
         print(f"train.py: {error}", file=sys.stderr)
@@ -491,7 +490,7 @@ def main(arguments=None, kind=Job):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")               # for a terminal that lacks some
+    guard.console()
     if "TORCHELASTIC_RUN_ID" in os.environ:                         # torchrun started it
         from scale import shard
         sys.exit(shard.main())

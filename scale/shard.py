@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import train
 from data import PairBatch, groups
 from model import Decoder, find_device, read_weights
+from scale import guard
 
 
 def is_first():
@@ -62,8 +63,8 @@ class Player(train.Player):
     def gather(self, seen):
         return [part if part is None else gathered(part) for part in seen]
 
-    def clip(self):
-        return super().clip().full_tensor()
+    def norm(self, tensors):
+        return super().norm(tensors).full_tensor()
 
 
 def shares(rows, processes, max_tokens):
@@ -128,10 +129,10 @@ class Job(train.Job):
         dist.barrier()                                 # all have seen whether there is a run
         if not is_first():
             self.config.out = self.nowhere.name
-            for file in ("checkpoint/state.pt", "metrics.jsonl"):
-                if (self.out / file).is_file():
-                    (Path(self.config.out) / file).parent.mkdir(exist_ok=True)
-                    shutil.copy(self.out / file, Path(self.config.out) / file)
+            (Path(self.config.out) / "checkpoint").mkdir()
+            for file in (*guard.kept(self.out / "checkpoint"), self.out / "metrics.jsonl"):
+                if file.is_file():
+                    shutil.copy(file, Path(self.config.out) / file.relative_to(self.out))
         dist.barrier()
 
     def save_player(self, name):
@@ -146,22 +147,34 @@ class Job(train.Job):
             player.model = sharded
         dist.barrier()
 
+    def end_of_step(self, step, last):
+        told = torch.tensor(self.signal)
+        dist.all_reduce(told, dist.ReduceOp.MAX)       # all stop at the same step
+        self.signal = told.item()
+        super().end_of_step(step, last)
+
     def save(self, step):
-        """Everybody's parts in checkpoint/step-N, and state.pt, which names it, in one move."""
+        """Everybody's parts in checkpoint/step-N; the file that goes with it has their checksums."""
         folder = self.out / "checkpoint"
         state, made = self.state()
         dcp.save(state, checkpoint_id=folder / f"step-{step}")
         if is_first():
-            torch.save({"step": step, "data": self.fingerprint, "start": self.start, "made": made},
-                       folder / "state.pt.partial")
-            (folder / "state.pt.partial").replace(folder / "state.pt")
-            for old in folder.glob("step-*"):
-                if old.name != f"step-{step}":
+            guard.write_checkpoint(folder, step, {
+                "step": step, "made_of": self.made_of, "start": self.start, "made": made,
+                "parts": guard.parts(folder, step)})
+            there = {path.name.rsplit("-", 1)[0] for path in guard.kept(folder)}
+            for old in folder.iterdir():
+                if old.is_dir() and old.name not in there:
                     shutil.rmtree(old)
         dist.barrier()
 
-    def read(self, path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    def agree(self, look):
+        """What the first process finds, for all."""
+        found = [look() if is_first() else None]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def go_to(self, saved):
         for name, (steps, has_moments) in saved["made"].items():
             player = self.players[name]
             player.start_at(steps)
@@ -176,7 +189,6 @@ class Job(train.Job):
         state, _ = self.state()
         dcp.load(state, checkpoint_id=self.out / "checkpoint" / f"step-{saved['step']}")
         self.start = saved["start"]
-        return saved["step"], saved["data"]
 
     def finish(self):
         """The first process goes on alone, to examine the run."""
@@ -258,7 +270,7 @@ def main(arguments=None):
     if os.environ["LOCAL_RANK"] == "0":
         shutil.rmtree(SAID, ignore_errors=True)        # of a parent that had the same number
     dist.barrier()
-    signal.signal(signal.SIGTERM, lambda *_: died(143))        # from torchrun, if another one fails
+    signal.signal(signal.SIGTERM, lambda *_: died(143))        # before and after the training
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)

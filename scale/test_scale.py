@@ -176,7 +176,8 @@ def test_a_run_trains_adapters_and_nothing_else(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").open()]
     assert [row["player"] for row in rows] == (["protagonist"] * 3 + ["adversary"] * 3) * 2
     assert rows[0]["margin"] == 0 and rows[0]["ratio"] == 1 and rows[3]["margin"] != 0
-    state = torch.load(tmp_path / "a/checkpoint/state.pt", weights_only=True)
+    [path] = (tmp_path / "a/checkpoint").iterdir()
+    state = torch.load(path, weights_only=True)
     tensors = {}
     for name in ("protagonist", "adversary"):
         weights, moments, steps = state["players"][name]
@@ -357,6 +358,8 @@ def step(*arguments):
     made.append(1)
     if len(made) == int(os.environ.get("DIES_AT", 0)) and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if len(made) == int(os.environ.get("TOLD_AT", 0)) and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
     return original(*arguments)
 
 train.optimizer_step = step
@@ -420,9 +423,12 @@ def test_two_processes_train_as_one_does(tmp_path, more, file):
     assert code != 0 and errors.count("a process of this run has died") == 1
     assert len(steps_of(tmp_path / "two")) == 13       # the last checkpoint is step 12's
     shutil.copytree(tmp_path / "two", tmp_path / "alone")
+    [part, *_] = (tmp_path / "alone/checkpoint/step-12").glob("*.distcp")
+    part.write_bytes(bytes([part.read_bytes()[0] ^ 1]) + part.read_bytes()[1:])
     for name, processes in (("two", 2), ("alone", 1)):
         code, errors = torchrun(tmp_path, processes, "--out", tmp_path / name, "--resume")
         assert code == 0, errors
+        assert ("step-12" in errors and "is damaged; going on from" in errors) == (name == "alone")
         ours, theirs = steps_of(tmp_path / "one"), steps_of(tmp_path / name)
         assert [row["player"] for row in ours] == [row["player"] for row in theirs]
         for a, b in zip(ours, theirs, strict=True):
@@ -432,6 +438,32 @@ def test_two_processes_train_as_one_does(tmp_path, more, file):
         assert far(tmp_path / "one", tmp_path / name, file) < 1e-5
     names = {path.name for path in (tmp_path / "two").iterdir()}
     assert names == {"config.json", "metrics.jsonl", "protagonist", "adversary", "checkpoint"}
+
+
+def test_a_signal_stops_all_processes_at_one_step(tmp_path):
+    """torchrun hands it on to both, of which one may hear it a step later."""
+    make_base(tmp_path / "base")
+    options = ["--model", tmp_path / "base", *TURNS.split(), "--lr", "2e-5"]
+    run("--out", tmp_path / "one", *options)
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", *options, TOLD_AT="7")
+    assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
+    assert len(steps_of(tmp_path / "two")) == 7
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume")
+    assert code == 0, errors
+    assert far(tmp_path / "one", tmp_path / "two", "model.safetensors") < 1e-5
+
+
+def test_a_run_of_processes_has_one_writer(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    make_base(tmp_path / "base")
+    (tmp_path / "two").mkdir()
+    folder = os.open(tmp_path / "two", os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--model", tmp_path / "base",
+                            *TURNS.split(), script=ROOT / "train.py")
+    os.close(folder)
+    assert code != 0 and errors.count("another process writes this run") == 1, errors
+    assert not any((tmp_path / "two").iterdir())
 
 
 def test_refusals_of_torchrun(tmp_path):

@@ -1,0 +1,183 @@
+"""Nothing lost: one writer of a run, signals that end it well, checkpoints that are checked.
+
+A checkpoint is checkpoint/step-N-CHECKSUM.pt: written aside, brought to the disk, put in place in
+one move. The last two are kept. One whose bytes do not have its checksum is passed over.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+try:
+    import fcntl
+except ImportError:                                    # Windows: two writers are not noticed there
+    fcntl = None
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def guarded(job, new):
+    """Hold the run's folder, a new one or not, while `job` trains in it. A signal sets job.signal,
+    and the run stops after that step, saved. The system lets go of a folder whose process dies."""
+    out, previous = Path(job.config.out), {}
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if not job.agree(lambda: is_held(folder) and not (new and (out / "config.json").exists())):
+            raise ValueError(f"--out {out}: another process writes this run; wait for it, or take "
+                             "another folder")
+        previous = {number: signal.signal(number, lambda number, _: hear(job, number))
+                    for number in SIGNALS}
+        yield
+    except Stopped:
+        print(f"stopped; go on by: {job.command} --out {out} --resume", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if fcntl:
+            os.close(folder)
+
+
+class Stopped(SystemExit):
+    """A run was told to stop, and has saved. Its code is the shell's for that signal."""
+
+    def __init__(self, number):
+        super().__init__(128 + number)
+
+
+def is_held(folder):
+    with contextlib.suppress(BlockingIOError):
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def hear(job, number):
+    """The first signal waits for the end of the step, the second one for nothing."""
+    if job.signal:
+        os._exit(128 + number)
+    job.signal = number
+    print("\nstopping after this step", file=sys.stderr, flush=True)
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+def kept(folder):
+    """The checkpoints of a folder, by step."""
+    return sorted(Path(folder).glob("step-*-*.pt"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def checksum(path):
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        os.fsync(file.fileno())
+    return digest
+
+
+def parts(folder, step):
+    """{file in step-N, beside the checkpoint: its checksum}; empty where one process trains."""
+    beside = folder / f"step-{step}"
+    return {path.name: checksum(path) for path in beside.iterdir()} if beside.is_dir() else {}
+
+
+def write_checkpoint(folder, step, state):
+    folder.mkdir(exist_ok=True)
+    partial = folder / "state.pt.partial"
+    try:
+        torch.save(state, partial)
+    except RuntimeError as error:                      # of a full disk, say
+        raise OSError(f"{partial}: {error}; the checkpoints before it are whole") from None
+    partial.replace(folder / f"step-{step}-{checksum(partial)}.pt")
+    for old in kept(folder)[:-2]:
+        old.unlink()
+
+
+def read_checkpoint(job):
+    """The state of a run's last checkpoint that is whole, if it was made of what `job` is; None:
+    there is none."""
+    folder, damaged = Path(job.config.out) / "checkpoint", []
+    for path in kept(folder)[::-1]:
+        if path.stem.endswith(checksum(path)):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            other = [name for name, value in job.made_of.items() if state["made_of"][name] != value]
+            if other:
+                raise ValueError(f"{path} was made with other {', '.join(other)}; resume needs all "
+                                 "as it was")
+            if job.agree(lambda: parts(folder, state["step"]) == state.get("parts", {})):
+                if damaged:
+                    print(f"{damaged[-1]} is damaged; going on from {path}", file=sys.stderr)
+                return state
+        damaged.append(path)
+    if damaged:
+        raise ValueError(f"{damaged[-1]} is damaged, and there is no other checkpoint; begin again "
+                         "with another --out")
+    return None
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A folder to write into, which takes the place of `folder` when all is written."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+# ---- What a run is made of -----------------------------------------------------------------------
+
+# options that may change within a run; of files what is in them counts, not where they are
+FREE = {"out", "model", "data", "held_out", "device", "save_every", "micro_tokens", "eval_prompts",
+        "gradient_checkpointing", "offload_resting"}
+
+
+def ingredients(config, shape, folder, training, held_out):
+    """{name: what decides the results}: options, and hashes of pairs and of the start's files."""
+    files = [] if folder is None else sorted(
+        path for path in Path(folder).iterdir()
+        if path.suffix in (".json", ".safetensors", ".bin", ".jinja"))
+    options = {"--" + name.replace("_", "-"): value for name, value in vars(config).items()
+               if name not in FREE}
+    return {**options, "training pairs": digest(training), "held-out pairs": digest(held_out),
+            "shape of the model": digest(shape),
+            "files of the start model": digest([checksum(path) for path in files])}
+
+
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+# ---- A terminal ----------------------------------------------------------------------------------
+
+class Plain:
+    """A stream that shows control characters as \\x1b; `kept` are let through."""
+
+    def __init__(self, stream, kept):
+        self.stream = stream
+        self.shown = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))
+                      if chr(code) not in kept}
+
+    def write(self, text):
+        return self.stream.write(text.translate(self.shown))
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def console(reader_may_go=False):
+    """Of a program at a terminal: text from models and files does nothing to it, and a character
+    that it lacks is shown as its number. A reader that has gone may end it, without a word."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Plain(sys.stdout, "\n\t"), Plain(sys.stderr, "\n\t\r")
+    if reader_may_go and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
