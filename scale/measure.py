@@ -37,7 +37,7 @@ WAYS = {"full": "", "full DPO": "--method dpo", "checkpointing": "--gradient-che
         "two processes": "", "two processes, LoRA": LORA}
 
 # of glibc: freed tensors go back to the system at once, so that a peak is what tensors take
-RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 SHORT = "--n-iter 1 --n-mu 2 --lr 1e-6 --save-every 0 --eval-prompts 0"
 
 

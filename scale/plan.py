@@ -216,7 +216,7 @@ def print_bills(config, shape, rows, step, processes, device, room):
     print_table(lines)
     trained = Sizes(shape, config).trained
     each = (16 + 8 * (config.n_nu > 0)) * trained
-    print(f"on disk, as asked: a checkpoint {each / GB:.2f} GB, twice that while it is replaced; "
+    print(f"on disk, as asked: checkpoints of {each / GB:.2f} GB, two and one more for a moment; "
           f"each player {4 * trained / GB:.2f} GB")
 
 
