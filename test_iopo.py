@@ -2755,8 +2755,8 @@ def test_a_resumed_run_makes_only_the_steps_left(tmp_path, monkeypatch, no_table
     assert len(made) == 14 - 8
 
 
-@pytest.mark.parametrize("name,code", (("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)))
-@pytest.mark.parametrize("at", (2, 8))
+@pytest.mark.parametrize("name,code,at", (
+    ("SIGINT", 130, 2), ("SIGTERM", 143, 8), ("SIGHUP", 129, 12)))
 def test_a_signal_saves_and_says_how_to_go_on(
         looked, tmp_path, capsys, monkeypatch, no_table, name, code, at):
     """In the middle of a step, of SFT or of a player: the step is made, and no more."""
@@ -2853,7 +2853,7 @@ def flip(path, place):
     path.write_bytes(whole)
 
 
-@pytest.mark.parametrize("place", (200, 5000, -3000, -1))
+@pytest.mark.parametrize("place", (5000, -1))
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
         looked, tmp_path, capsys, no_table, place):
     with killed("step", 13):
@@ -2988,7 +2988,7 @@ def test_other_pairs_are_noticed(split, unfinished, monkeypatch, capsys):
     assert f"other {'training' if split == 'train' else 'held-out'} pairs;" in said
 
 
-@pytest.mark.parametrize("file", ("model.safetensors", "config.json", "tokenizer_config.json"))
+@pytest.mark.parametrize("file", ("model.safetensors", "tokenizer_config.json"))
 def test_another_start_is_noticed(file, looked, tmp_path, capsys):
     """Though a resumed run takes its weights from the checkpoint."""
     shutil.copytree(looked / "sft", tmp_path / "start")

@@ -15,6 +15,7 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -197,4 +198,5 @@ def parse_arguments(arguments):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)      # its workers end with it
     main()
