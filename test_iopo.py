@@ -13,6 +13,7 @@ import contextlib
 import copy
 import gzip
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -2765,10 +2766,16 @@ def test_a_signal_saves_and_says_how_to_go_on(
     def signalled(*arguments):
         made.append(1)
         if len(made) == at:
+            patch.setattr(sys, "stderr", Gone())                   # the terminal, or tee, too
             signal.raise_signal(getattr(signal, name))
+            patch.setattr(sys, "stderr", whole)
         return step(*arguments)
 
-    before = signal.getsignal(getattr(signal, name))
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    before, whole = signal.getsignal(getattr(signal, name)), sys.stderr
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(train, "optimizer_step", signalled)
         run(tmp_path / "run", *LOOKS)
@@ -2806,6 +2813,7 @@ test_iopo.run({str(tmp_path / "run")!r}, *test_iopo.LOOKS, "--save-every", "4")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 143, done.stderr
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 8     # 9: it waited
     train.main(["--out", str(tmp_path / "run"), "--resume"])
     assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
 

@@ -254,7 +254,7 @@ class Job:
     held_out: list                      # rows that --look-every looks at
     made_of: dict                       # what decides results: options, hashes of what was read
     start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
-    signal: int = 0                     # the number of one that has come in
+    signal = heard = 0                  # of the run, of this process: one that has come in
     player = Player                     # what its players are
     command = "python train.py"         # what goes on with it
 
@@ -360,7 +360,7 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     if not rows or config.look_every and not held_out:
         raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
-    made_of = guard.ingredients(config, shape, folder, (rows, drafts), held_out)
+    made_of = guard.ingredients(kind, config, shape, folder, (rows, drafts), held_out)
     sft_rows = [(prompt, answer, None) for prompt, *answers in drafts for answer in answers]
     sft_rows = sft_rows or [(prompt, w, None) for prompt, w, _ in rows]
     if plan or config.model is not None:                            # a new model is small
@@ -478,7 +478,7 @@ def main(arguments=None, kind=Job):
             if not found:
                 save_config(config)
             train(job)
-        job.finish()
+            save_config(config)                                     # what was changed since
         job = None                                                  # eval.py loads one at a time
         import eval
         eval.main(["--device", config.device, "--", config.out])    # the closing table

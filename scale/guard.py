@@ -12,6 +12,7 @@ import signal
 import sys
 from pathlib import Path
 
+import safetensors
 import torch
 
 try:
@@ -35,8 +36,11 @@ def guarded(job, new):
             raise ValueError(f"--out {out}: another process writes this run; wait for it, or take "
                              "another folder")
         previous = {number: signal.signal(number, lambda number, _: hear(job, number))
-                    for number in SIGNALS}
+                    for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
         yield
+        job.finish()
+        if job.signal:                                 # after the last step
+            raise SystemExit(128 + job.signal)
     except Stopped:
         print(f"stopped; go on by: {job.command} --out {out} --resume", file=sys.stderr)
         raise
@@ -55,19 +59,23 @@ class Stopped(SystemExit):
 
 
 def is_held(folder):
-    with contextlib.suppress(BlockingIOError):
-        if fcntl is not None:
+    try:
+        if fcntl:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+    except BlockingIOError:
+        return False
+    except OSError:                                    # a file system without locks
+        pass
+    return True
 
 
 def hear(job, number):
     """The first signal waits for the end of the step, the second one for nothing."""
-    if job.signal:
+    if job.heard:                                      # by this process itself
         os._exit(128 + number)
-    job.signal = number
-    print("\nstopping after this step", file=sys.stderr, flush=True)
+    job.signal = job.heard = number
+    with contextlib.suppress(OSError, RuntimeError):   # the terminal may be gone, or being written
+        print("\nstopping after this step", file=sys.stderr, flush=True)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -79,9 +87,13 @@ def kept(folder):
 
 def checksum(path):
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def sync(path):
+    """Bring a file to the disk."""
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
-    return digest
 
 
 def parts(folder, step):
@@ -97,6 +109,8 @@ def write_checkpoint(folder, step, state):
         torch.save(state, partial)
     except RuntimeError as error:                      # of a full disk, say
         raise OSError(f"{partial}: {error}; the checkpoints before it are whole") from None
+    for path in (partial, folder.parent / "metrics.jsonl"):
+        sync(path)
     partial.replace(folder / f"step-{step}-{checksum(partial)}.pt")
     for old in kept(folder)[:-2]:
         old.unlink()
@@ -106,6 +120,8 @@ def read_checkpoint(job):
     """The state of a run's last checkpoint that is whole, if it was made of what `job` is; None:
     there is none."""
     folder, damaged = Path(job.config.out) / "checkpoint", []
+    if (folder / "state.pt").exists():
+        raise ValueError(f"{folder / 'state.pt'} is of an earlier version; go on with it by that")
     for path in kept(folder)[::-1]:
         if path.stem.endswith(checksum(path)):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -129,7 +145,12 @@ def whole_folder(folder):
     """A folder to write into, which takes the place of `folder` when all is written."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
+    try:
+        yield partial
+    except safetensors.SafetensorError as error:       # of a full disk, say
+        raise OSError(f"{partial}: {error}") from None
+    for path in partial.rglob("*"):
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -141,14 +162,15 @@ FREE = {"out", "model", "data", "held_out", "device", "save_every", "micro_token
         "gradient_checkpointing", "offload_resting"}
 
 
-def ingredients(config, shape, folder, training, held_out):
+def ingredients(job, config, shape, folder, training, held_out):
     """{name: what decides the results}: options, and hashes of pairs and of the start's files."""
     files = [] if folder is None else sorted(
         path for path in Path(folder).iterdir()
         if path.suffix in (".json", ".safetensors", ".bin", ".jinja"))
     options = {"--" + name.replace("_", "-"): value for name, value in vars(config).items()
                if name not in FREE}
-    return {**options, "training pairs": digest(training), "held-out pairs": digest(held_out),
+    return {**options, "command": job.command, "training pairs": digest(training),
+            "held-out pairs": digest(held_out),
             "shape of the model": digest(shape),
             "files of the start model": digest([checksum(path) for path in files])}
 
@@ -168,7 +190,13 @@ class Plain:
                       if chr(code) not in kept}
 
     def write(self, text):
-        return self.stream.write(text.translate(self.shown))
+        with contextlib.suppress(OSError):             # of a terminal that has gone: a run goes on
+            self.stream.write(text.translate(self.shown))
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

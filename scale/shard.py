@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
                                     register_fsdp_forward_method)
@@ -154,11 +155,17 @@ class Job(train.Job):
         super().end_of_step(step, last)
 
     def save(self, step):
-        """Everybody's parts in checkpoint/step-N; the file that goes with it has their checksums."""
+        """Everybody's parts in checkpoint/step-N, and a file beside it that has their checksums."""
         folder = self.out / "checkpoint"
         state, made = self.state()
-        dcp.save(state, checkpoint_id=folder / f"step-{step}")
+        try:
+            dcp.save(state, checkpoint_id=folder / f"step-{step}")
+        except CheckpointException as error:           # of a full disk, say; no Exception
+            raise OSError(f"{folder}: {str(error).splitlines()[0]}; the checkpoints before are "
+                          "whole") from None
         if is_first():
+            for path in (folder / f"step-{step}").iterdir():
+                guard.sync(path)
             guard.write_checkpoint(folder, step, {
                 "step": step, "made_of": self.made_of, "start": self.start, "made": made,
                 "parts": guard.parts(folder, step)})

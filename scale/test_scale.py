@@ -440,14 +440,15 @@ def test_two_processes_train_as_one_does(tmp_path, more, file):
     assert names == {"config.json", "metrics.jsonl", "protagonist", "adversary", "checkpoint"}
 
 
-def test_a_signal_stops_all_processes_at_one_step(tmp_path):
-    """torchrun hands it on to both, of which one may hear it a step later."""
+def test_a_signal_stops_all_processes_at_one_step(tmp_path, capsys):
+    """Though only one has heard it; and what torchrun began, torchrun alone goes on with."""
     make_base(tmp_path / "base")
     options = ["--model", tmp_path / "base", *TURNS.split(), "--lr", "2e-5"]
     run("--out", tmp_path / "one", *options)
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", *options, TOLD_AT="7")
     assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
     assert len(steps_of(tmp_path / "two")) == 7
+    assert "other command;" in refused(train.main, ["--out", tmp_path / "two", "--resume"], capsys)
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume")
     assert code == 0, errors
     assert far(tmp_path / "one", tmp_path / "two", "model.safetensors") < 1e-5
