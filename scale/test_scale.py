@@ -448,6 +448,7 @@ def test_a_signal_stops_all_processes_at_one_step(tmp_path, capsys):
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", *options, TOLD_AT="7")
     assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
     assert len(steps_of(tmp_path / "two")) == 7
+    capsys.readouterr()
     assert "other command;" in refused(train.main, ["--out", tmp_path / "two", "--resume"], capsys)
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume")
     assert code == 0, errors
