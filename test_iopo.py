@@ -3719,11 +3719,10 @@ def test_nothing_that_is_printed_moves_the_terminal(tmp_path):
     """A run's name and a prompt's text, on both streams of the real programs."""
     name = "\x1b[31mred\x07\r\x9b2J"
     finished_run(tmp_path / f"run{name}")
-    for arguments in (["eval.py", f"run{name}", "--prompt", f"How{name} do I?"],
-                      ["train.py", "--out", f"run{name}"]):
-        done = subprocess.run([sys.executable, HERE / arguments[0], *arguments[1:]], cwd=tmp_path,
-                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        shown = (done.stdout + done.stderr.replace(b"\r", b"")).decode()
+    done = subprocess.run(
+        [sys.executable, HERE / "eval.py", f"run{name}", "--prompt", f"How{name} do I?"],
+        cwd=tmp_path, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for shown in (done.stdout.decode(), done.stderr.replace(b"\r", b"").decode()):
         assert "\\x" in shown
         assert not set(shown) & {*map(chr, (*range(32), *range(127, 160)))} - {"\n", "\t"}, shown
 
