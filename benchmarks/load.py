@@ -19,15 +19,15 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Decoder, DecoderConfig                                            # noqa: E402
+from scale.measure import resident_peak as peak                                     # noqa: E402
+from scale.plan import SHAPES                                                       # noqa: E402
 
-SHAPE = dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-             num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True)
 FORMS = ("float32, safetensors", "bfloat16, safetensors", "float32, pytorch_model.bin")
 
 
 def write(folder, form):
     with torch.device("meta"):
-        model = Decoder(DecoderConfig(**SHAPE))
+        model = Decoder(SHAPES["1B"])
     dtype = torch.bfloat16 if form.startswith("bfloat16") else torch.float32
     model = model.to(dtype).to_empty(device="cpu")
     for parameter in model.parameters():
@@ -37,11 +37,6 @@ def write(folder, form):
         del model
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-
-
-def peak():
-    lines = open("/proc/self/status")
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def load(folder):

@@ -25,13 +25,11 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from load import peak                                              # beside this file
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Tokenizer, encode_pairs, load_pairs, micro_batches                 # noqa: E402
 from model import Decoder, DecoderConfig                                            # noqa: E402
 from scale import attention                                                         # noqa: E402
-from scale.measure import write_model                                               # noqa: E402
+from scale.measure import resident_peak as peak, write_model                        # noqa: E402
 from scale.plan import SHAPES as LARGE                                              # noqa: E402
 from train import Config, Player, optimizer_step                                    # noqa: E402
 

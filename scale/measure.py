@@ -70,6 +70,12 @@ def write_pairs(path):
             file.write(json.dumps(row) + "\n")
 
 
+def resident_peak():
+    """Bytes of this process' memory when it had most, mapped files included."""
+    lines = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
 def worker(arguments):
     """A run, of which this process prints peak, bill and seconds."""
     import train
@@ -97,8 +103,7 @@ def worker(arguments):
         if seconds:                                    # else it was refused
             peak, rest = torch.cuda.max_memory_reserved(), bills[0]["process"]
             if peak == 0:                              # no GPU, or none used
-                lines = dict(line.split(":") for line in open("/proc/self/status"))
-                peak, rest = int(lines["VmHWM"].split()[0]) * 1024, 0
+                peak, rest = resident_peak(), 0
             seen = {"peak": peak, "bill": sum(bills[0].values()) - rest, "seconds": seconds[1:]}
             print("MEASURED", json.dumps(seen), file=sys.__stdout__, flush=True)
 

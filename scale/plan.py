@@ -167,7 +167,7 @@ def review(config, shape, rows, plan, anyway):
     device = find_device(config.device)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     step = largest_step(config, rows)
-    room, host = least(memory(device)), least(memory(torch.device("cpu")))
+    room = least(memory(device))
     if plan:
         print_bills(config, shape, rows, step, processes, device, room)
         raise SystemExit
@@ -175,6 +175,7 @@ def review(config, shape, rows, plan, anyway):
     needs = [(device.type, room, sum(bill(shape, config, step, processes, device.type).values())
               * (beside if device.type == "cpu" else 1))]
     if config.offload_resting:
+        host = least(memory(torch.device("cpu")))
         needs.append(("cpu", host, 8 * Sizes(shape, config).trained * beside / processes))
     for kind, free, need in needs:
         if free is not None and need > free and not anyway:
