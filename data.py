@@ -326,18 +326,18 @@ class Tokenizer:
         stops = model_eos if stops is None else stops
         stops = stops if isinstance(stops, list) else [stops]
         stops = [i for i in [ids.get(self.special.get("eos_token")), *stops] if i is not None]
-        if not stops or any(type(i) is not int or i not in ids.values() for i in stops):
+        texts = {number: text for text, number in ids.items() if text}
+        if not stops or any(type(i) is not int or i not in texts for i in stops):
             raise ValueError("no answer could end: eos_token or eos_token_id in the model's files "
-                             f"must be a whole number of tokenizer.json, or several, not {stops}")
-        self.eos_texts = {i: self.backend.id_to_token(i) for i in stops}    # without repetitions
+                             f"must be the whole number of a token's text, or several, not {stops}")
+        self.eos_texts = {i: texts[i] for i in stops}                       # without repetitions
         self.eos_ids, self.eos_id = tuple(self.eos_texts), stops[0]
-        self.largest_id = max(ids.values())
-
         added = [*example.special_tokens_mask, 0]                  # such as [1, 0, 1], around "a"
         self.start = example.ids[:added.index(0)]                  # the ids before a text
         self.bos_id = ids.get(self.special.get("bos_token"), next(iter(self.start), None))
         if config.get("add_bos_token") and self.bos_id not in (None, *self.start[:1]):
             self.start = [self.bos_id, *self.start]
+        self.largest_id = max(*ids.values(), *self.start)
 
         template = config.get("chat_template")
         if isinstance(template, list):                             # several, by name
@@ -688,14 +688,14 @@ class SafeWorld:
     def draw(self, split, n, purpose, prefer):
         """n Pairs. prefer(gap in reward, rng) > 0: the first answer is chosen; 0: the pair goes."""
         rng = np.random.default_rng([self.seed, list(self.OBJECTS).index(split), purpose])
-        prompts, pairs = self.prompts(split), []
-        while len(pairs) < n:
+        prompts, made = self.prompts(split), []
+        while len(made) < n:
             prompt = prompts[rng.integers(len(prompts))]
             a, b = self.write(prompt, rng), self.write(prompt, rng)
             gap = self.true_reward(prompt, a) - self.true_reward(prompt, b)
             if a != b and (sign := prefer(gap, rng)):
-                pairs.append(Pair(prompt, *((a, b) if sign > 0 else (b, a))))
-        return pairs
+                made.append(Pair(prompt, *((a, b) if sign > 0 else (b, a)), f"{split} {len(made)}"))
+        return made
 
     @classmethod
     def tokenizer(cls):

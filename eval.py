@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SafeWorld, Tokenizer, cut_left, encode_pairs, find_source, load_data,
-                  micro_batches, read_object, read_rows, replace_file)
+from data import (SafeWorld, cut_left, encode_pairs, find_source, micro_batches, read_object,
+                  read_rows, replace_file)
 from iopo import preference_margin
 from model import Decoder, find_device, generate, response_logps
+from scale.limits import Tokenizer, console, load_data
 
 EXAM_PAIRS = 400            # of the safe world
 EXAM_BETA = 0.1             # so that margins of runs trained with different beta compare
@@ -423,6 +424,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    from scale import guard
-    guard.console(reader_may_go=True)
+    console(reader_may_go=True)
     main()

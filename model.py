@@ -280,7 +280,7 @@ def generate(model, prompts, max_new_tokens, temperature, eos_id, generator=None
             next_ids = logits.argmax(dim=-1)                                        # (B,)
         else:
             logits -= logits.max(dim=-1, keepdim=True).values      # a tiny temperature: no overflow
-            probabilities = torch.softmax(logits / temperature, dim=-1)
+            probabilities = torch.softmax(logits / max(temperature, 1e-30), dim=-1)
             next_ids = torch.multinomial(probabilities, 1, generator=generator)[:, 0]       # (B,)
         going = ~torch.isin(next_ids, stop)                                         # (B,)
         if not going.all():                                        # finished rows leave the batch
@@ -320,7 +320,7 @@ COMPUTED = {"model_type": (*FAMILIES,), "rope_type": (*ROPE_TYPES,), "hidden_act
             "attention_bias": (False, None), "mlp_bias": (False, None), "is_causal": (True, None),
             "partial_rotary_factor": (1.0, None), "quantization_config": (None,),
             "tie_word_embeddings": (False, True, None)}
-LIMITS = {int: 2**24, float: 1e15}      # what the numbers of a config.json stay below
+LIMITS = {int: 2**24, float: 1e15, "num_hidden_layers": 1024}      # its numbers stay below
 
 
 @dataclass(frozen=True)
@@ -349,9 +349,9 @@ class DecoderConfig:
         kinds = {"rope_type": str, **{each.name: each.type for each in fields(self)}}
         for name, value in values.items():
             kind = kinds.get(name, float)                           # float: rope_scaling's numbers
-            if kind in LIMITS and not (type(value) in (int, kind) and 0 < value < LIMITS[kind]):
-                raise ValueError(f"{name} is {value!r}, not a positive {kind.__name__} below "
-                                 f"{LIMITS[kind]}")
+            limit = LIMITS.get(name, LIMITS.get(kind))
+            if limit is not None and not (type(value) in (int, kind) and 0 < value < limit):
+                raise ValueError(f"{name} is {value!r}, not a positive {kind.__name__} < {limit}")
         if (self.head_dim % 2 or self.num_attention_heads % self.num_key_value_heads
                 or values.get("low_freq_factor", 0) >= values.get("high_freq_factor", 1)):
             raise ValueError("head_dim must be even, num_attention_heads a multiple of "
@@ -437,6 +437,9 @@ def read_weights(model, folder, dtype):
     for name in sorted(table.keys() ^ files.keys()):
         raise ValueError(f"{folder}: tensor {name} is " +
                          ("missing" if name in table else "not part of this model"))
+    least = 2 * sum(map(math.prod, shapes.values()))                # of their numbers, in bytes
+    if least > sum(path.stat().st_size for path in {*files.values()}):
+        raise ValueError(f"{folder}: its files are too small for the shapes of config.json")
     for name in sorted(table, key=lambda name: -sum(shapes[part].numel() for part in table[name])):
         rows = [shapes[part][0] for part in table[name]]
         shape = sum(rows), *shapes[table[name][0]][1:]

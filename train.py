@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (SafeWorld, Tokenizer, batches, encode_pairs, find_source, load_data,
-                  micro_batches, read_object, replace_file)
+from data import (SafeWorld, batches, encode_pairs, find_source, micro_batches, read_object,
+                  replace_file)
 from iopo import ADVERSARIES, LOSSES, iopo_weight, preference_margin, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
-from scale import guard
+from scale import guard, limits
 
 
 def option(default, help, **more):
@@ -71,6 +71,7 @@ class Config:
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
     eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
+    lr_was: str = ""            # no option: what --resume --lr has changed
 
 
 # ---- Algorithm 1: the loop, one step, a player ---------------------------------------------------
@@ -115,9 +116,9 @@ def optimizer_step(agent, env, rows, config):
         losses = agent.sign * loss(*logps, *env_logps, **options)   # (B,)
         agent.backward(losses.sum() / len(rows))
         seen.append((losses, *logps, *env_logps, batch.rejected_lengths))
-    grad_norm = agent.update()
     seen = [None if part[0] is None else torch.cat(part).detach() for part in zip(*seen)]
-    return {**measure(agent.loss, config, *agent.gather(seen)), "grad_norm": grad_norm}
+    metrics = measure(agent.loss, config, *agent.gather(seen))
+    return {**metrics, "grad_norm": agent.update(metrics["loss"])}
 
 
 class Player:
@@ -155,7 +156,7 @@ class Player:
     def norm(self, tensors):
         return torch.nn.utils.get_total_norm(tensors)
 
-    def update(self):
+    def update(self, loss):
         """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
         parameters, self.steps = [*self.model.parameters()], self.steps + 1
         norm = self.norm([parameter.grad for parameter in parameters])
@@ -163,11 +164,9 @@ class Player:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         size = self.norm(parameters)
-        if not (norm.isfinite() and size < self.largest):
-            raise FloatingPointError(
-                f"not saved: in a player's step {self.steps} ({self.loss}) its gradient has norm "
-                f"{norm:g}, its weights then {size:g}; look at --lr, --beta and the weights it "
-                "began with")
+        if not (abs(loss) < float("inf") and norm.isfinite() and size < self.largest):
+            raise guard.BadStep(self, f"the loss is {loss:g}, the gradient's norm {norm:g}, the "
+                                f"norm of the weights then {size:g}")
         return norm.item()
 
 
@@ -236,7 +235,7 @@ def find_run(given, resume):
     if found.keys() != vars(Config()).keys() or vars(make_config(found, {})) != found:
         raise ValueError(f"--out {out} has no config.json of this version of the code; go on with "
                          "it by the version that began it")
-    return found | {name: given[name] for name in guard.FREE & given.keys()}
+    return found | {name: given[name] for name in {*guard.FREE, "lr"} & given.keys()}
 
 
 def save_config(config):
@@ -249,10 +248,11 @@ def save_config(config):
 class Job:
     """A run: what trains, and its folder. scale/shard.py has another kind, of several processes."""
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: limits.Tokenizer
     players: dict                       # "sft" and "protagonist", of one model, and "adversary"
     held_out: list                      # rows that --look-every looks at
     made_of: dict                       # what decides results: options, hashes of what was read
+    pairs: tuple                        # that train, that are looked at, of SFT alone
     start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
     signal = heard = 0                  # of the run, of this process: one that has come in
     player = Player                     # what its players are
@@ -301,21 +301,20 @@ class Job:
 
     def load(self):
         """Go to the last checkpoint that is whole: (steps done, metrics.jsonl)."""
-        out, done, lines = Path(self.config.out), 0, []
-        state, metrics = guard.read_checkpoint(self), out / "metrics.jsonl"
+        state, rows = guard.read_checkpoint(self)
         if state is not None:
-            done, lines = state["step"], metrics.read_bytes().splitlines(keepends=True)
-            if done > len(lines):
-                raise ValueError(f"{metrics} has {len(lines)} of {done} lines; resume needs them")
             self.go_to(state)
-        replace_file(metrics, b"".join(lines[:done]))
-        return done, metrics.open("a", buffering=1)                  # by lines
+        save_config(self.config)                                     # what may change has, perhaps
+        metrics = Path(self.config.out) / "metrics.jsonl"
+        replace_file(metrics, b"".join(rows))
+        return len(rows), metrics.open("a", buffering=1)             # by lines
 
     def go_to(self, state):
         for name, player in self.players.items():
             weights, moments, made = state["players"][name]
             player.model.load_state_dict(weights)
-            player.optimizer.load_state_dict(moments)
+            own = player.optimizer.state_dict()["param_groups"]          # of today's --lr
+            player.optimizer.load_state_dict({**moments, "param_groups": own})
             player.start_at(made)
         self.start = state["start"]
 
@@ -323,6 +322,7 @@ class Job:
 def log(file, bar, row):
     """A step's row of metrics.jsonl, and the bar, where a look stands until the next."""
     file.write(json.dumps(row) + "\n")
+    guard.warn(bar, row)
     shown = {name: row[name] for name in ("loss", "margin", "ratio") if name in row}
     bar.set_postfix({"of": f"{row['player']} {row['iteration']}", **shown})
     if "held_out_margin" in row:
@@ -349,11 +349,11 @@ def prepare(config, kind=Job, plan=False, anyway=False):
         pairs, held_out = world.pairs("train", WORLD_PAIRS), world.pairs("validation", LOOKED_AT)
         drafts = world.drafts("train", WORLD_PAIRS if config.sft_steps else 0)
     else:
-        pairs, held_out, note = load_data(config.data, config.held_out, config.leave_out)
+        pairs, held_out, note = limits.load_data(config.data, config.held_out, config.leave_out)
         drafts = []
         print(note)
     tokenizer, shape, folder = find_start(config)
-    (rows, held_out, drafts), _, reports = zip(*(
+    (rows, held_out, drafts), kept, reports = zip(*(
         encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts)))
     drawn = f"\nwritten answers, for SFT: {reports[2]}" if drafts else ""
     print(f"training pairs: {reports[0]}\nheld out: {reports[1]}{drawn}")
@@ -375,7 +375,7 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     if config.offload_resting:
         from scale.offload import take_turns
         take_turns(players)
-    return kind(config, tokenizer, players, held_out, made_of)
+    return kind(config, tokenizer, players, held_out, made_of, kept)
 
 
 def find_start(config):
@@ -385,7 +385,7 @@ def find_start(config):
         world.largest_id + 1, eos_token_id=world.eos_id, bos_token_id=world.bos_id, **WORLD_MODEL)
     if config.model is not None:
         folder = find_source(config.model)
-        tokenizer, shape = Tokenizer.from_pretrained(folder), DecoderConfig.from_json(
+        tokenizer, shape = limits.Tokenizer.from_pretrained(folder), DecoderConfig.from_json(
             folder / "config.json")
     ids, context = shape.vocab_size, shape.max_position_embeddings
     config.max_length = config.max_length or min(context, 1024)
@@ -432,13 +432,13 @@ def make_config(options, given=None):
 
 def check(field, value):
     """Refuse a value that is not of its field's type, or none of its choices, or out of range."""
-    kinds, limits = typing.get_args(field.type) or (field.type,), field.metadata
+    kinds, bounds = typing.get_args(field.type) or (field.type,), field.metadata
     fits = type(value) in kinds or type(value) is int and float in kinds
     if fits and type(value) in (int, float):
-        fits = limits.get("least", value) <= value < limits.get("below", 2**63)
-        fits = fits and value > limits.get("above", -1)
-    if not fits or value not in limits.get("choices", [value]):
-        raise ValueError(f"{flag_of(field.name)} cannot be {value!r}: {limits['help']}")
+        fits = bounds.get("least", value) <= value < bounds.get("below", 2**63)
+        fits = fits and value > bounds.get("above", -1)
+    if not fits or value not in bounds.get("choices", [value]):
+        raise ValueError(f"{flag_of(field.name)} cannot be {value!r}: {bounds.get('help')}")
 
 
 def parse_arguments(arguments):
@@ -448,7 +448,7 @@ def parse_arguments(arguments):
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", default=False, help=help)
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(Config)[:-1]:                   # lr_was is none
         kind, *_ = typing.get_args(field.type) or (field.type,)
         more = {"action": "store_true"} if kind is bool else {
             "type": kind, "choices": field.metadata.get("choices")}
@@ -475,10 +475,7 @@ def main(arguments=None, kind=Job):
         if idle:
             print(f"without effect in this run: {', '.join(idle)}", flush=True)
         with guard.guarded(job, new=not found):
-            if not found:
-                save_config(config)
             train(job)
-            save_config(config)                                     # what was changed since
         job = None                                                  # eval.py loads one at a time
         import eval
         eval.main(["--device", config.device, "--", config.out])    # the closing table
@@ -490,7 +487,7 @@ def main(arguments=None, kind=Job):
 
 
 if __name__ == "__main__":
-    guard.console()
+    limits.console()
     if "TORCHELASTIC_RUN_ID" in os.environ:                         # torchrun started it
         from scale import shard
         sys.exit(shard.main())

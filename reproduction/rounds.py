@@ -46,7 +46,6 @@ def rounds(config, count, keep, look=train.held_out_look):
         write_pairs(held_out, SafeWorld(config.seed).pairs("validation", HELD_OUT))
         job = train.prepare(dataclasses.replace(
             config, model=str(model), data=str(data), held_out=str(held_out), out=str(folder)))
-        train.save_config(job.config)
         train.train(job, lambda job, step, _, player: look(job, step, number, player))
         model = folder / "protagonist"
 

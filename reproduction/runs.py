@@ -101,7 +101,6 @@ def carry_out(run):
                 rounds(config, run.rounds, run.keep, look)
             else:
                 job = train.prepare(config)
-                train.save_config(config)
                 train.train(job, look)
             result["model"] = digest(run.model / "model.safetensors")
         except (NoPairs, FloatingPointError) as error:

@@ -514,7 +514,6 @@ def small_start(tmp_path):
     start = {"method": "sft", "n_iter": 0, "sft_steps": 40, "batch_size": 8, "device": "cpu",
              "out": str(tmp_path / "start")}
     job = train.prepare(train.make_config(start))
-    train.save_config(job.config)
     train.train(job)
     return train.make_config({"method": "dpo", "model": str(tmp_path / "start/protagonist"),
                               "n_iter": 1, "n_mu": 3, "lr": 1e-3, "batch_size": 8, "device": "cpu",

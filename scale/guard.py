@@ -15,6 +15,8 @@ from pathlib import Path
 import safetensors
 import torch
 
+from data import batches
+
 try:
     import fcntl
 except ImportError:                                    # Windows: two writers are not noticed there
@@ -44,6 +46,8 @@ def guarded(job, new):
     except Stopped:
         print(f"stopped; go on by: {job.command} --out {out} --resume", file=sys.stderr)
         raise
+    except BadStep as error:
+        raise FloatingPointError(report(job, error)) from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -76,6 +80,50 @@ def hear(job, number):
     job.signal = job.heard = number
     with contextlib.suppress(OSError, RuntimeError):   # the terminal may be gone, or being written
         print("\nstopping after this step", file=sys.stderr, flush=True)
+
+
+# ---- Steps that went wrong -----------------------------------------------------------------------
+
+class BadStep(FloatingPointError):
+    """A player's loss, gradient or weights cannot be gone on with."""
+
+    def __init__(self, player, numbers):
+        super().__init__(numbers)
+        self.player = player
+
+
+def report(job, error):
+    player, config = error.player, job.config
+    [name] = (name for name, one in job.players.items() if one is player)
+    step = sum(one.steps for one in job.players.values())
+    training, _, drafts = job.pairs
+    pairs = drafts if name == "sft" and drafts else training       # of drafts both train
+    origins = [pair.origin for pair in pairs for _ in range(len(player.rows) // len(pairs))]
+    origins = next(batches(origins, config.batch_size, config.seed, player.steps - 1))
+    on = f"; {job.command} --out {config.out} --resume --lr SMALLER goes on before that"
+    return (f"step {step}, the {name}'s {player.steps}, is not saved: {error}; look at "
+            f"{'--sft-lr' if name == 'sft' else '--lr'}, --beta, the weights it began with and "
+            f"these pairs: {', '.join(origins)}{on if name != 'sft' else ''}")
+
+
+WARNINGS = {            # what stands in a row of metrics.jsonl: when to warn, what it means
+    "ratio": (lambda ratio: ratio < 0.01,
+              "the mean ratio r is {ratio:.2g}, so hardly anything is learned: AGENT holds what it "
+              "is to reject for far less likely than ENV does"),
+    "clipped": (lambda share: share == 1,
+                "Eq. 12 clips all pairs, so r says nothing of any of them: AGENT holds what it is "
+                "to reject for more likely than ENV does")}
+
+
+def warn(bar, row):
+    """Once a run (of this process) for each."""
+    said = vars(bar).setdefault("said", set())
+    for name, (is_so, meaning) in WARNINGS.items():
+        if name in row and name not in said and is_so(row[name]):
+            said.add(name)
+            bar.write(f"step {row['step']}, {row['player']}: {meaning.format(**row)}. Shorter "
+                      "turns (--n-mu, --n-nu) or a smaller --lr keep the players closer",
+                      sys.stderr)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -117,27 +165,42 @@ def write_checkpoint(folder, step, state):
 
 
 def read_checkpoint(job):
-    """The state of a run's last checkpoint that is whole, if it was made of what `job` is; None:
-    there is none."""
-    folder, damaged = Path(job.config.out) / "checkpoint", []
+    """(state, rows of metrics.jsonl until then) of a run's last checkpoint that is whole, if it was
+    made of what `job` is; (None, []): there is none."""
+    folder, metrics = Path(job.config.out) / "checkpoint", Path(job.config.out) / "metrics.jsonl"
+    rows, bad = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else [], []
+    rows = [row for row in rows if row.endswith(b"\n")]
     if (folder / "state.pt").exists():
         raise ValueError(f"{folder / 'state.pt'} is of an earlier version; go on with it by that")
     for path in kept(folder)[::-1]:
+        bad.append(f"{path} is damaged")
         if path.stem.endswith(checksum(path)):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            other = [name for name, value in job.made_of.items() if state["made_of"][name] != value]
-            if other:
-                raise ValueError(f"{path} was made with other {', '.join(other)}; resume needs all "
-                                 "as it was")
-            if job.agree(lambda: parts(folder, state["step"]) == state.get("parts", {})):
-                if damaged:
-                    print(f"{damaged[-1]} is damaged; going on from {path}", file=sys.stderr)
-                return state
-        damaged.append(path)
-    if damaged:
-        raise ValueError(f"{damaged[-1]} is damaged, and there is no other checkpoint; begin again "
-                         "with another --out")
-    return None
+            compare(job, path, state)
+            if len(rows) < state["step"]:
+                bad[-1] = f"{metrics} has {len(rows)} of the {state['step']} rows before {path}"
+            elif job.agree(lambda: parts(folder, state["step"]) == state.get("parts", {})):
+                if bad[:-1]:
+                    print(f"{'; '.join(bad[:-1])}; going on from {path}", file=sys.stderr)
+                return state, rows[:state["step"]]
+    if bad:
+        raise ValueError(f"{'; '.join(bad)}; there is no other checkpoint; begin again with "
+                         "another --out")
+    return None, []
+
+
+def compare(job, path, state):
+    """Refuse a checkpoint that was made of something else. Only --lr may become smaller."""
+    was, config = state["made_of"], job.config
+    slower = config.lr < was["--lr"]
+    other = [name for name, value in job.made_of.items()
+             if was.get(name) != value and not (name == "--lr" and slower)]
+    if other:
+        raise ValueError(f"{path} was made with other {', '.join(other)}; resume needs all as it "
+                         "was (--lr may become smaller)")
+    note = f"{was['--lr']:g} until step {state['step']}"
+    if slower and not config.lr_was.endswith(note):
+        config.lr_was = ", then ".join(filter(None, (config.lr_was, note)))
 
 
 @contextlib.contextmanager
@@ -159,7 +222,7 @@ def whole_folder(folder):
 
 # options that may change within a run; of files what is in them counts, not where they are
 FREE = {"out", "model", "data", "held_out", "device", "save_every", "micro_tokens", "eval_prompts",
-        "gradient_checkpointing", "offload_resting"}
+        "gradient_checkpointing", "offload_resting", "lr_was"}
 
 
 def ingredients(job, config, shape, folder, training, held_out):
@@ -177,35 +240,3 @@ def ingredients(job, config, shape, folder, training, held_out):
 
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()
-
-
-# ---- A terminal ----------------------------------------------------------------------------------
-
-class Plain:
-    """A stream that shows control characters as \\x1b; `kept` are let through."""
-
-    def __init__(self, stream, kept):
-        self.stream = stream
-        self.shown = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))
-                      if chr(code) not in kept}
-
-    def write(self, text):
-        with contextlib.suppress(OSError):             # of a terminal that has gone: a run goes on
-            self.stream.write(text.translate(self.shown))
-        return len(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-def console(reader_may_go=False):
-    """Of a program at a terminal: text from models and files does nothing to it, and a character
-    that it lacks is shown as its number. A reader that has gone may end it, without a word."""
-    sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = Plain(sys.stdout, "\n\t"), Plain(sys.stderr, "\n\t\r")
-    if reader_may_go and hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)

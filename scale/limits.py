@@ -1,0 +1,176 @@
+"""Nothing let in: what is read of other people's files has limits, and no power over a terminal.
+
+Not defended against, since it takes a second process: a chat template, or a tokenizer, that
+computes for ever. Of a .parquet file or a dataset of the hub only the size of its rows is seen to.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import data
+
+try:
+    import resource
+except ImportError:                                    # Windows: a template's memory has no limit
+    resource = None
+
+TEXT = 2**20                # characters of a row, and of what a chat template makes of it
+UNPACKED = 100              # times its own size, and a megabyte, that a .gz may hold
+DEPTH = 50                  # of JSON in JSON
+MEMORY = 2**28              # bytes that a template may take
+
+
+# ---- Pairs ---------------------------------------------------------------------------------------
+
+def load_data(source, held_out=None, leave_out=None):
+    """data.load_data, of files that are no bombs and rows that are no books."""
+    for path in filter(None, (source, held_out)):
+        refuse_bomb(Path(path))
+    *some, note = data.load_data(source, held_out, leave_out)
+    for pair in (*some[0], *some[1]):
+        short(pair.origin, json.dumps((pair.prompt, pair.chosen, pair.rejected),
+                                      ensure_ascii=False))
+    return *some, note
+
+
+def refuse_bomb(path):
+    """ValueError for a .gz that unpacks to too much; it is never held as a whole."""
+    if path.suffix != ".gz" or not path.is_file():
+        return
+    left, packed = UNPACKED * path.stat().st_size + 2**20, 2**16
+    with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:
+        while chunk := file.read(packed):              # what is broken, its reader names
+            left -= len(chunk)
+            if left < 0:
+                raise ValueError(f"{path}: unpacked it is over {UNPACKED} times as large; unpack "
+                                 "it yourself, if you trust it")
+
+
+def short(what, text):
+    """The text, if it has at most TEXT characters."""
+    if len(text) > TEXT:
+        raise ValueError(f"{what}: has {len(text)} characters, the limit is {TEXT}; leave it out")
+    return text
+
+
+# ---- Models --------------------------------------------------------------------------------------
+
+class Tokenizer(data.Tokenizer):
+    """Of somebody else's folder."""
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        refuse_folder(Path(folder))
+        with no_panic(f"{folder}: tokenizer.json cannot be read"), muted():
+            return super().from_pretrained(folder)
+
+    def encode(self, string, rendered=False):
+        with no_panic(f"the tokenizer cannot read {string[:40]!r}"):
+            return super().encode(string, rendered)
+
+    def render(self, prompt, add_generation_prompt=False):
+        if isinstance(prompt, str):
+            return prompt
+        with little_memory():
+            return short("a dialogue in the chat template",
+                         super().render(prompt, add_generation_prompt))
+
+
+def refuse_folder(folder):
+    """ValueError for a link out of a model's folder, whose files are copied into the players (the
+    hub's cache links to its blobs), and for JSON that is nested deeper than DEPTH."""
+    home = folder.resolve()
+    homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in sorted(folder.glob("*")):
+        if path.is_symlink() and not any(map(Path(os.path.realpath(path)).is_relative_to, homes)):
+            raise ValueError(f"{path} is a link out of its folder; put a copy in its place")
+        if path.suffix == ".json" and path.name != "tokenizer.json" and path.is_file():
+            value = None
+            with contextlib.suppress(ValueError, RecursionError):      # its reader names these
+                value = json.loads(path.read_bytes())
+            if is_deep(value, DEPTH):
+                raise ValueError(f"{path} is nested more than {DEPTH} deep")
+
+
+def is_deep(value, room):
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return room < 0 or any(is_deep(each, room - 1) for each in inner)
+
+
+@contextlib.contextmanager
+def no_panic(what):
+    """A panic of the library's Rust, which is no Exception, becomes a sentence."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{what} ({' '.join(str(error).split())})") from None
+
+
+@contextlib.contextmanager
+def muted():
+    """Nothing gets to standard error: what Rust writes of a panic is no sentence."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def little_memory():
+    """What is within gets a MemoryError where it takes over MEMORY bytes more (on Linux)."""
+    pages = Path("/proc/self/statm")
+    if resource is None or not pages.exists():
+        yield
+        return
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(pages.read_bytes().split()[0]) * resource.getpagesize() + MEMORY
+    limits = [limit for limit in (before, size) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+
+
+# ---- A terminal ----------------------------------------------------------------------------------
+
+class Plain:
+    """A stream that shows control characters as \\x1b; `kept` are let through."""
+
+    def __init__(self, stream, kept):
+        self.stream = stream
+        self.shown = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))
+                      if chr(code) not in kept}
+
+    def write(self, text):
+        with contextlib.suppress(OSError):             # of a terminal that has gone: a run goes on
+            self.stream.write(text.translate(self.shown))
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def console(reader_may_go=False):
+    """Of a program at a terminal: text from models and files does nothing to it, and a character
+    that it lacks is shown as its number. A reader that has gone may end it, without a word."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = Plain(sys.stdout, "\n\t"), Plain(sys.stderr, "\n\t\r")
+    if reader_may_go and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,0 +1,315 @@
+"""Proof of guard.py and limits.py: runs that go wrong, files that nobody should have written.
+
+    KILLS=20 FUZZ=20000 python -m pytest scale/test_faults.py        # more of both
+"""
+
+import errno
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import generate
+from scale import guard, limits
+from test_iopo import (HERE, LOOKS, QUICK, contents, edit_json, killed, looked, model_folder,
+                       no_table, read_run, refused, run, same, small_world, tiny_model)
+
+KILLS, FUZZ = int(os.environ.get("KILLS", 1)), int(os.environ.get("FUZZ", 2000))
+
+
+# ---- Runs that go wrong --------------------------------------------------------------------------
+
+def test_a_resumed_run_may_go_slower(tmp_path, monkeypatch, capsys, no_table):
+    """From its checkpoint on, which config.json says; it is then the run whose rate fell there."""
+    with killed("step", 9):
+        run(tmp_path / "run", *LOOKS, "--save-every", "4")
+    resume, before = ["--out", str(tmp_path / "run"), "--resume"], contents(tmp_path / "run")
+    assert "other --lr;" in refused(train.main, [*resume, "--lr", "2e-3"], capsys)
+    assert contents(tmp_path / "run") == before
+    with killed("step", 2):                                        # before it has saved
+        train.main([*resume, "--lr", "5e-4"])
+    with killed("step", 5):                                        # and after
+        train.main(resume)
+    train.main(resume)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["lr"] == 5e-4 and config["lr_was"] == "0.001 until step 8"
+
+    original, made = train.optimizer_step, []
+
+    def slower(agent, *arguments):
+        made.append(agent)
+        for group in agent.optimizer.param_groups if len(made) > 8 else []:
+            group["lr"] = 5e-4
+        return original(agent, *arguments)
+
+    monkeypatch.setattr(train, "optimizer_step", slower)
+    run(tmp_path / "slower", *LOOKS)
+    for name in ("protagonist", "adversary"):
+        ours, theirs = (read_run(tmp_path / folder, name) for folder in ("run", "slower"))
+        assert ours[0] == theirs[0] and same(ours[1], theirs[1])
+
+
+def test_a_bad_step_is_told_with_its_pairs_and_gone_on_with_slower(tmp_path, capsys, no_table):
+    """By the command that the message names, once the checkpoints of wrecked weights are gone."""
+    flags = ["--lr", "1e5", "--save-every", "1"]
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run", *flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1
+    found = re.search(r"step (\d+), the protagonist's (\d), is not saved: the loss is (\S+), the "
+                      r"gradient's norm (\S+), the norm of the weights then (\S+); look at --lr, "
+                      r".* these pairs: ([^;]*); (python train.py .*) SMALLER goes on", said)
+    assert found, said
+    step, own, loss, gradient, weights, pairs, command = found.groups()
+    assert int(step) == 6 + int(own)
+    order = [i for epoch in range(9) for i in np.random.default_rng([0, epoch]).permutation(60)]
+    assert pairs.split(", ") == [f"train {i}" for i in order[8 * (int(own) - 1):][:8]]
+    assert not np.isfinite(float(gradient)) or not float(weights) < 1e6
+    assert len(read_run_metrics(tmp_path / "run")) == int(step) - 1
+    for checkpoint in guard.kept(tmp_path / "run/checkpoint"):     # of the wrecked weights
+        if int(checkpoint.name.split("-")[1]) > 6:
+            checkpoint.unlink()
+    if not guard.kept(tmp_path / "run/checkpoint"):
+        shutil.rmtree(tmp_path / "run/checkpoint")
+    train.main([*command.split()[2:], "1e-4"])
+    assert (tmp_path / "run/adversary").is_dir()
+
+
+def read_run_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_bad_step_of_sft_names_the_drafts(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", "--sft-lr", "1e18")
+    said = capsys.readouterr().err.splitlines()[-1]
+    order = np.random.default_rng([0, 0]).permutation(120)         # both answers of 60 drafts
+    own = int(re.search(r"step (\d+), the sft's \1, is not saved: .* look at --sft-lr", said)[1])
+    pairs = ", ".join(f"train {i // 2}" for i in order[8 * (own - 1):][:8])
+    assert said.endswith(f"these pairs: {pairs}")
+
+
+def test_what_the_ratios_come_to_is_said_once(tmp_path, capsys, no_table):
+    """Mean r below 0.01, all pairs clipped: by metrics.jsonl, in the first such step alone."""
+    run(tmp_path / "run", "--lr", "1e-2", "--n-mu", "6", "--n-nu", "6")
+    said = re.split("[\r\n]", capsys.readouterr().err)
+    rows = [row for row in read_run_metrics(tmp_path / "run") if "ratio" in row]
+    for words, bad in (("hardly anything is learned", [row for row in rows if row["ratio"] < 0.01]),
+                       ("Eq. 12 clips all pairs", [row for row in rows if row["clipped"] == 1])):
+        lines = [line for line in said if words in line]
+        assert len(bad) > 1 and len(lines) == 1
+        assert lines[0].startswith(f"step {bad[0]['step']}, {bad[0]['player']}: ")
+        assert "--lr" in lines[0]
+    run(tmp_path / "calm")
+    assert "step " not in capsys.readouterr().err
+
+
+def test_where_metrics_are_short_the_checkpoint_before_is_used(
+        looked, tmp_path, capsys, no_table):
+    with killed("step", 13):
+        run(tmp_path / "run", *LOOKS, "--save-every", "3")
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:11]))
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert f"{path} has 11 of the 12 rows" in capsys.readouterr().err
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+    assert same(read_run(tmp_path / "run")[1], read_run(looked)[1])
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", "runs")
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert "Read-only" in refused(train.main, [*QUICK, "--out", str(tmp_path / "run")], capsys)
+
+
+CHILD = """
+import sys
+sys.path.insert(0, {here!r})
+import eval, train
+train.WORLD_PAIRS, train.LOOKED_AT, train.WORLD_MODEL = {world!r}
+eval.main = lambda arguments: None
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"] * KILLS)
+def test_a_run_that_is_killed_at_any_moment(name, looked, tmp_path, capfd, no_table):
+    """And killed again, until it is done: the same weights, the same metrics."""
+    code, out = CHILD.format(here=str(HERE), world=(60, 40, train.WORLD_MODEL)), tmp_path / "run"
+    arguments, codes = [*QUICK, *LOOKS, "--save-every", "2"], []
+    while not (out / "adversary").is_dir():
+        child = subprocess.Popen([sys.executable, "-c", code, "--out", str(out), *arguments],
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
+        begun = time.time()
+        while child.poll() is None and not (out / "config.json").exists():
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.6 if codes else 0.3))
+        if len(codes) < min(KILLS, 3) and time.time() - begun < 60:
+            child.send_signal(getattr(signal, name))
+        codes.append(child.wait(timeout=100))
+        arguments = ["--resume"]
+    expected = {-9} if name == "SIGKILL" else {143, -15}           # the latter: before it trains
+    assert {*codes[:-1]} <= expected and codes[-1] in {0, *expected}, codes
+    train.main(["--out", str(out), "--resume"])
+    assert "Traceback" not in capfd.readouterr().err
+    assert read_run(out)[0] == read_run(looked)[0]
+    for player in ("sft", "protagonist", "adversary"):
+        assert same(read_run(out, player)[1], read_run(looked, player)[1])
+    assert not list(out.rglob("*.partial"))
+
+
+# ---- Files that nobody should have written -------------------------------------------------------
+
+def tokenizer_json(**changes):
+    return lambda folder: edit_json(folder / "tokenizer.json", **changes)
+
+
+def config_json(**changes):
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def nested(depth):
+    return json.loads("[" * depth + "]" * depth)
+
+
+def empty_eos(folder):
+    """The eos token's text is nothing, so that every answer ends in it for ever."""
+    edit_json(folder / "tokenizer_config.json", eos_token=None, bos_token=None)
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"]["vocab"][""] = number = len(whole["model"]["vocab"])
+    edit_json(folder / "tokenizer.json", **whole)
+    edit_json(folder / "config.json", eos_token_id=number, vocab_size=number + 1)
+
+
+def one_number_for_all(folder):
+    """Terabytes of weights, which all are one number of the file."""
+    big = {"vocab_size": 2**20, "hidden_size": 2**16}
+    edit_json(folder / "config.json", **big)
+    (folder / "model.safetensors").unlink()
+    from model import Decoder, DecoderConfig
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig.from_json(folder / "config.json"))
+    one = torch.ones(1)
+    torch.save({name: one.expand(value.shape) for name, value in model.state_dict().items()},
+               folder / "pytorch_model.bin")
+
+
+def link_out(folder):
+    (folder.parent / "secret").write_text("key")
+    (folder / "modeling.py").symlink_to(folder.parent / "secret")
+
+
+post = {"type": "TemplateProcessing", "pair": []}
+FOLDERS = {
+    "a tokenizer that panics as it is read": (
+        tokenizer_json(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "tokenizer.json cannot be read"),
+    "one that panics as it reads": (
+        tokenizer_json(pre_tokenizer={"type": "FixedLength", "length": 0}),
+        "tokenizer.json cannot be read"),
+    "a first token beyond the vocabulary": (
+        tokenizer_json(post_processor={
+            **post, "single": [{"SpecialToken": {"id": "<z>", "type_id": 0}},
+                               {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"<z>": {"id": "<z>", "ids": [10**6], "tokens": ["<z>"]}}}),
+        "more ids than the embeddings"),
+    "an eos token without a text": (empty_eos, "no answer could end"),
+    "a config of 900 lists": (config_json(extra=nested(900)), "nested more than 50 deep"),
+    "rotary positions of 900 lists": (config_json(rope_scaling=nested(900)), "nested more than"),
+    "20,000 layers": (config_json(num_hidden_layers=20000), "num_hidden_layers is 20000"),
+    "one number for all weights": (one_number_for_all, "too small for the shapes"),
+    "a link out of the folder": (link_out, "is a link out of its folder")}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_models_that_are_refused(name, tmp_path, capfd):
+    damage, words = FOLDERS[name]
+    folder = model_folder(tmp_path / "model")
+    damage(folder)
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    before, begun = contents(tmp_path), time.time()
+    said = refused(train.main, ["--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"),
+                                "--out", str(tmp_path / "run"), "--anyway"], capfd)
+    assert words in said and str(folder) in said and time.time() - begun < 5
+    assert contents(tmp_path) == before
+
+
+def test_links_within_a_folder_and_the_hubs_cache_are_followed(tmp_path):
+    folder = model_folder(tmp_path / "models--a--b/snapshots/1234")
+    (tmp_path / "models--a--b/blobs").mkdir()
+    for path in list(folder.iterdir()):
+        blob = path.rename(tmp_path / "models--a--b/blobs" / path.name)
+        path.symlink_to(os.path.relpath(blob, folder))
+    (folder / "added_tokens.json").symlink_to("vocab.json")
+    limits.Tokenizer.from_pretrained(folder)
+    (tmp_path / "models--a--b/blobs/config.json").unlink()
+    (tmp_path / "models--a--b/blobs/config.json").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="config.json is a link out"):
+        limits.Tokenizer.from_pretrained(folder)
+
+
+TEMPLATES = {
+    "multiplied": "{{ 'a' * 10**10 }}", "in a loop": "{% for _ in range(99) %}{{ 'a' * 10**8 }}"
+    "{% endfor %}", "doubled": "{% set n = namespace(a='a') %}{% for _ in range(60) %}"
+    "{% set n.a = n.a ~ n.a %}{% endfor %}", "centered": "{{ 'a'.center(10**10) }}",
+    "a list": "{{ [1] * 10**10 }}", "endless": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "long": "{{ 'a' * 2 * 10**6 }}"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_that_make_too_much(name, tmp_path, capfd):
+    folder = model_folder(tmp_path / "model")
+    edit_json(folder / "tokenizer_config.json", chat_template=TEMPLATES[name])
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"chosen": talk, "rejected": [talk[0], {**talk[1], "content": "c"}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    begun = time.time()
+    said = refused(train.main, ["--model", str(folder), "--data", str(tmp_path / "pairs.jsonl"),
+                                "--out", str(tmp_path / "run")], capfd)
+    assert re.search("pairs.jsonl, line 1: .*(template|character)", said), said
+    assert time.time() - begun < 10 and not (tmp_path / "run").exists()
+    bytearray(2**29)                                   # the limit is gone
+
+
+def test_pairs_that_are_refused(tmp_path, capfd):
+    folder, row = model_folder(tmp_path / "model"), {"prompt": "a", "chosen": "b"}
+    bomb = tmp_path / "bomb.jsonl.gz"
+    bomb.write_bytes(gzip.compress(bytes(2**20)) * 400)
+    large = tmp_path / "large.jsonl"
+    large.write_text(json.dumps({**row, "rejected": "c"}) + "\n" +
+                     json.dumps({**row, "rejected": "c" * 50 * 10**6}))
+    for path, words in ((bomb, "unpacked it is over 100 times as large"),
+                        (large, f"{large}, line 2: has 50")):
+        for flag in ("--data", "--held-out"):
+            (tmp_path / "good.jsonl").write_text(json.dumps({**row, "rejected": "c"}) + "\n")
+            files = {"--data": tmp_path / "good.jsonl", flag: path}
+            begun = time.time()
+            said = refused(train.main, ["--model", str(folder), "--out", str(tmp_path / "run"), *(
+                str(part) for pair in files.items() for part in pair)], capfd)
+            assert words in said and time.time() - begun < 10
+
+
+def test_a_small_file_may_unpack_to_a_megabyte(tmp_path):
+    row = json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n"
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(row.encode() * 10**4))
+    training, held_out, _ = limits.load_data(str(tmp_path / "pairs.jsonl.gz"))
+    assert len(training) + len(held_out) == 10**4
+
+
+@pytest.mark.parametrize("temperature", (1e-300, 5e-324, 1e-38, 1e-20))
+def test_a_temperature_near_0_takes_the_likeliest_token(temperature):
+    model, prompts = tiny_model(), [[3, 4, 5], [6, 7]]
+    assert generate(model, prompts, 8, temperature, 2) == generate(model, prompts, 8, 0, 2)
