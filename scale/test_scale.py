@@ -360,6 +360,8 @@ def step(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     if len(made) == int(os.environ.get("TOLD_AT", 0)) and os.environ["RANK"] == "1":
         signal.raise_signal(signal.SIGTERM)
+    if len(made) == int(os.environ.get("ALL_TOLD_AT", 0)) and os.environ["RANK"] == "1":
+        os.kill(os.getppid(), signal.SIGTERM)
     return original(*arguments)
 
 train.optimizer_step = step
@@ -441,12 +443,16 @@ def test_two_processes_train_as_one_does(tmp_path, more, file):
 
 
 def test_a_signal_stops_all_processes_at_one_step(tmp_path, capsys):
-    """Though only one has heard it; and what torchrun began, torchrun alone goes on with."""
+    """Though only one has heard it, or torchrun itself; and what torchrun began, torchrun alone
+    goes on with."""
     make_base(tmp_path / "base")
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--model", tmp_path / "base",
-                            *TURNS.split(), TOLD_AT="7")
+                            *TURNS.split(), "--n-iter", "30", TOLD_AT="7")
     assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
     assert len(steps_of(tmp_path / "two")) == 7
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume", ALL_TOLD_AT="2")
+    assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
+    assert 9 <= len(steps_of(tmp_path / "two")) < 180
     capsys.readouterr()
     assert "other command;" in refused(train.main, ["--out", tmp_path / "two", "--resume"], capsys)
 
