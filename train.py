@@ -71,7 +71,7 @@ class Config:
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
     eval_prompts: int = option(100, "prompts of the closing table; 0: margins only", least=0)
-    lr_was: str = ""            # no option: what --resume --lr has changed
+    lr_was: str | None = None   # no option: what --resume --lr has changed
 
 
 # ---- Algorithm 1: the loop, one step, a player ---------------------------------------------------
@@ -165,8 +165,7 @@ class Player:
         self.optimizer.zero_grad(set_to_none=True)
         size = self.norm(parameters)
         if not (abs(loss) < float("inf") and norm.isfinite() and size < self.largest):
-            raise guard.BadStep(self, f"the loss is {loss:g}, the gradient's norm {norm:g}, the "
-                                f"norm of the weights then {size:g}")
+            raise guard.BadStep(self, loss, norm, size)
         return norm.item()
 
 
@@ -252,7 +251,7 @@ class Job:
     players: dict                       # "sft" and "protagonist", of one model, and "adversary"
     held_out: list                      # rows that --look-every looks at
     made_of: dict                       # what decides results: options, hashes of what was read
-    pairs: tuple                        # that train, that are looked at, of SFT alone
+    origins: list                       # of the pairs that train, are looked at, are SFT's alone
     start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
     signal = heard = 0                  # of the run, of this process: one that has come in
     player = Player                     # what its players are
@@ -375,7 +374,8 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     if config.offload_resting:
         from scale.offload import take_turns
         take_turns(players)
-    return kind(config, tokenizer, players, held_out, made_of, kept)
+    return kind(config, tokenizer, players, held_out, made_of,
+                [[pair.origin for pair in some] for some in kept])
 
 
 def find_start(config):

@@ -87,8 +87,9 @@ def hear(job, number):
 class BadStep(FloatingPointError):
     """A player's loss, gradient or weights cannot be gone on with."""
 
-    def __init__(self, player, numbers):
-        super().__init__(numbers)
+    def __init__(self, player, loss, norm, size):
+        super().__init__(f"the loss is {loss:g}, the gradient's norm {norm:g}, the norm of the "
+                         f"weights then {size:g}")
         self.player = player
 
 
@@ -96,10 +97,10 @@ def report(job, error):
     player, config = error.player, job.config
     [name] = (name for name, one in job.players.items() if one is player)
     step = sum(one.steps for one in job.players.values())
-    training, _, drafts = job.pairs
-    pairs = drafts if name == "sft" and drafts else training       # of drafts both train
-    origins = [pair.origin for pair in pairs for _ in range(len(player.rows) // len(pairs))]
-    origins = next(batches(origins, config.batch_size, config.seed, player.steps - 1))
+    training, _, drafts = job.origins
+    pairs = drafts if name == "sft" and drafts else training
+    rows = [pair for pair in pairs for _ in range(len(player.rows) // len(pairs))]      # of drafts both
+    origins = next(batches(rows, config.batch_size, config.seed, player.steps - 1))
     on = f"; {job.command} --out {config.out} --resume --lr SMALLER goes on before that"
     return (f"step {step}, the {name}'s {player.steps}, is not saved: {error}; look at "
             f"{'--sft-lr' if name == 'sft' else '--lr'}, --beta, the weights it began with and "
@@ -199,7 +200,7 @@ def compare(job, path, state):
         raise ValueError(f"{path} was made with other {', '.join(other)}; resume needs all as it "
                          "was (--lr may become smaller)")
     note = f"{was['--lr']:g} until step {state['step']}"
-    if slower and not config.lr_was.endswith(note):
+    if slower and not (config.lr_was or "").endswith(note):
         config.lr_was = ", then ".join(filter(None, (config.lr_was, note)))
 
 

@@ -147,22 +147,20 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"] * KILLS)
 def test_a_run_that_is_killed_at_any_moment(name, looked, tmp_path, capfd, no_table):
-    """And killed again, until it is done: the same weights, the same metrics."""
+    """And gone on with: the same weights, the same metrics."""
     code, out = CHILD.format(here=str(HERE), world=(60, 40, train.WORLD_MODEL)), tmp_path / "run"
     arguments, codes = [*QUICK, *LOOKS, "--save-every", "2"], []
-    while not (out / "adversary").is_dir():
+    for _ in range(min(KILLS, 3)):
         child = subprocess.Popen([sys.executable, "-c", code, "--out", str(out), *arguments],
                                  env={**os.environ, "OMP_NUM_THREADS": "1"})
-        begun = time.time()
         while child.poll() is None and not (out / "config.json").exists():
             time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.6 if codes else 0.3))
-        if len(codes) < min(KILLS, 3) and time.time() - begun < 60:
-            child.send_signal(getattr(signal, name))
+        time.sleep(random.uniform(0, 0.8))
+        child.send_signal(getattr(signal, name))
         codes.append(child.wait(timeout=100))
         arguments = ["--resume"]
     expected = {-9} if name == "SIGKILL" else {143, -15}           # the latter: before it trains
-    assert {*codes[:-1]} <= expected and codes[-1] in {0, *expected}, codes
+    assert {*codes} <= {0, *expected}, codes                       # 0: it was done already
     train.main(["--out", str(out), "--resume"])
     assert "Traceback" not in capfd.readouterr().err
     assert read_run(out)[0] == read_run(looked)[0]

@@ -476,12 +476,11 @@ def test_refusals_of_torchrun(tmp_path):
     from scale import shard
     with pytest.raises(ValueError, match="kto_pair needs the whole batch"):
         shard.Job.models(train.Config(method="kto_pair"), None, None)
-    for options, words in (("--batch-size 3", "multiple"), ("--lr 0", "--lr cannot be")):
-        code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "out", "--model",
-                                tmp_path / "base", *options.split(), script=ROOT / "train.py")
-        said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
-        assert code != 0 and len(said) == 1 and words in said[0], errors
-        assert not (tmp_path / "out").exists()
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "out", "--model", tmp_path / "base",
+                            "--batch-size", 3, script=ROOT / "train.py")
+    said = [line for line in errors.splitlines() if line.startswith("train.py: ")]
+    assert code != 0 and len(said) == 1 and "multiple" in said[0], errors
+    assert not (tmp_path / "out").exists()
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
