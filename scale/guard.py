@@ -99,7 +99,7 @@ def report(job, error):
     step = sum(one.steps for one in job.players.values())
     training, _, drafts = job.origins
     pairs = drafts if name == "sft" and drafts else training
-    rows = [pair for pair in pairs for _ in range(len(player.rows) // len(pairs))]      # of drafts both
+    rows = [pair for pair in pairs for _ in range(len(player.rows) // len(pairs))]   # drafts: two
     origins = next(batches(rows, config.batch_size, config.seed, player.steps - 1))
     on = f"; {job.command} --out {config.out} --resume --lr SMALLER goes on before that"
     return (f"step {step}, the {name}'s {player.steps}, is not saved: {error}; look at "
