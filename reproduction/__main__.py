@@ -1,7 +1,8 @@
 """The experiments on the safe world, a part at a time or all of them.
 
     python -m reproduction frontier         # rate, steps and KL to SFT: nine rows
-    python -m reproduction tables           # the paper's two tables: its other rows
+    python -m reproduction rounds           # runs for Table 2, those in rounds of new pairs
+    python -m reproduction tables           # the paper's two tables: its other rows, and those
     python -m reproduction ablation         # readings of the paper, one at a time
     python -m reproduction theorems         # exact games, three minutes
     python -m reproduction                  # all of these
@@ -26,6 +27,7 @@ from reproduction import compare, figures, plan
 from reproduction.game import STEP_SIZES, exact_games
 from reproduction.runs import LOOKS, carry_out_all, start_worker
 
+COMMANDS = ("frontier", "rounds", "tables", "ablation", "theorems")
 RESULTS = Path(__file__).parent / "results"
 INSTALL = "pip install -r reproduction/requirements.txt"
 
@@ -34,7 +36,7 @@ def main(arguments=None):
     try:
         options = parse_arguments(arguments)
         spawn = multiprocessing.get_context("spawn")
-        for part in [options.part] if options.part else [*plan.PARTS, "theorems"]:
+        for part in [options.part] if options.part else COMMANDS:
             if part == "theorems":
                 theorems(options)
                 continue
@@ -59,7 +61,8 @@ def main(arguments=None):
 
 def run_part(part, options, pool):
     """All runs of a part, then its tables, numbers, rewards and figures."""
-    rows, rates, seeds = plan.PARTS[part]
+    rows, rates, seeds = plan.PARTS["tables" if part == "rounds" else part]
+    rows = plan.in_rounds(rows) if part == "rounds" else rows
     if options.quick:
         rates, seeds = plan.MIDDLE_RATES[1:], seeds[:1]
         if part == "ablation":
@@ -69,7 +72,7 @@ def run_part(part, options, pool):
         known, rewards = recorded("frontier", options)
         numbers, rewards = cut(known, rewards, rates, seeds)
     sft = plan.sft_runs(seeds, out)
-    if part == "tables":
+    if part in ("rounds", "tables"):
         rate, look = compare.tuned(known["rows"]["DPO, beta 0.1"])
         dpo = plan.dpo_runs(known["rates"][rate], LOOKS[look], seeds, out)
     runs = {row: plan.row_runs(row, own, rates, seeds, out, dpo) for row, own in rows.items()}
@@ -78,6 +81,9 @@ def run_part(part, options, pool):
         first = carry_out_all(sft, pool, bar)
         carry_out_all(dpo, pool, bar)
         found = iter(carry_out_all(everything, pool, bar))
+    if part == "rounds":
+        print("what they came to stands in the tables: python -m reproduction tables")
+        return
     results = {row: [next(found) for _ in some] for row, some in runs.items()}
     own = rounded({"SFT": plan.gather_sft(first),
                    **{row: plan.gather(first, some, rows[row], rates, seeds)
@@ -175,7 +181,7 @@ def parse_arguments(arguments):
                                      allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = refuse
-    parser.add_argument("part", nargs="?", choices=(*plan.PARTS, "theorems"),
+    parser.add_argument("part", nargs="?", choices=COMMANDS,
                         help="this part alone")
     parser.add_argument("--quick", action="store_true", help="one seed, so no intervals; one "
                         "rate, one step size")

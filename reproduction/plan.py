@@ -48,6 +48,11 @@ PARTS = {"frontier": (FRONTIER, RATES, SEEDS), "tables": (PAPER, RATES, SEEDS),
          "ablation": (ABLATION, MIDDLE_RATES, FEWER_SEEDS)}
 
 
+def in_rounds(rows):
+    """Those of PAPER that take most of its time."""
+    return {row: options for row, options in rows.items() if "keep" in options}
+
+
 def sft_runs(seeds, out):
     return [Run(f"{out}/sft-seed{seed}", {"method": "sft", "n_iter": 0, "seed": seed})
             for seed in seeds]

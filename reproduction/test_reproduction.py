@@ -223,7 +223,8 @@ def test_a_small_reproduction(small_plan, tmp_path, capsys, monkeypatch):
     pytest.importorskip("scipy")
     pytest.importorskip("matplotlib")
     (tmp_path / "results").mkdir()
-    assert "frontier first" in refused(command.main, ["tables"], capsys)
+    for part in ("rounds", "tables"):
+        assert "frontier first" in refused(command.main, [part], capsys)
     command.main(["--record", "--out", "out"])
     printed, out = capsys.readouterr().out, tmp_path / "out"
     count = len(Inline.runs)
@@ -287,6 +288,12 @@ def test_a_small_reproduction(small_plan, tmp_path, capsys, monkeypatch):
         f"out/{name}" for name in ("dpo-beta-0.1-lr0.001-seed1", "iopo-lr0.0001-seed0",
                                    "iter-dpo-lr0.001-seed1", "sft-seed1")}
     assert kept == {path.name: path.read_bytes() for path in out.glob("*.json")}
+    count = len(Inline.runs)
+    shutil.rmtree(out / "iter-dpo-lr0.001-seed1")
+    shutil.rmtree(out / "dpo-beta-0.1-lr0.001-seed1")
+    command.main(["rounds", "--out", "out"])                          # of all parts' runs, these
+    assert [run.folder for run in Inline.runs[count:]] == ["out/iter-dpo-lr0.001-seed1"]
+    command.main(["--out", "out"])
     for part in plan.PARTS:
         command.main([part, "--quick", "--out", "out"])
         assert json.loads((out / f"quick/{part}.json").read_text())["seeds"] == [0]
