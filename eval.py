@@ -22,11 +22,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (SafeWorld, cut_left, encode_pairs, find_source, micro_batches, read_object,
-                  read_rows, replace_file)
+from data import (SafeWorld, cut_left, encode_pairs, micro_batches, read_object, replace_file)
 from iopo import preference_margin
 from model import Decoder, find_device, generate, response_logps
-from scale.limits import Tokenizer, console, load_data
+from scale.limits import Tokenizer, console, find_source, load_data, read_rows
 
 EXAM_PAIRS = 400            # of the safe world
 EXAM_BETA = 0.1             # so that margins of runs trained with different beta compare

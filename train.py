@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import (SafeWorld, batches, encode_pairs, find_source, micro_batches, read_object,
-                  replace_file)
+from data import (SafeWorld, Tokenizer, batches, encode_pairs, find_source, micro_batches,
+                  read_object, replace_file)
 from iopo import ADVERSARIES, LOSSES, iopo_weight, preference_margin, turns
 from model import Decoder, DecoderConfig, find_device, response_logps
 from scale import guard, limits
@@ -29,8 +29,8 @@ from scale import guard, limits
 def option(default, help, **more):
     """A field of Config. `more`: choices; least, above, below; for None the defaults world, own."""
     shown = "{world} in the safe world, with --data {own}" if "world" in more else str(default)
-    limits = [f"; {name} {more[name]}" for name in ("least", "above", "below") if name in more]
-    help += f" (default {shown.format(**more)}{''.join(limits)})"
+    bounds = [f"; {name} {more[name]}" for name in ("least", "above", "below") if name in more]
+    help += f" (default {shown.format(**more)}{''.join(bounds)})"
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
@@ -247,11 +247,11 @@ def save_config(config):
 class Job:
     """A run: what trains, and its folder. scale/shard.py has another kind, of several processes."""
     config: Config
-    tokenizer: limits.Tokenizer
+    tokenizer: Tokenizer
     players: dict                       # "sft" and "protagonist", of one model, and "adversary"
     held_out: list                      # rows that --look-every looks at
     made_of: dict                       # what decides results: options, hashes of what was read
-    origins: list                       # of the pairs that train, are looked at, are SFT's alone
+    origins: list                       # of the pairs that train, and of those that are SFT's alone
     start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
     signal = heard = 0                  # of the run, of this process: one that has come in
     player = Player                     # what its players are
@@ -375,7 +375,7 @@ def prepare(config, kind=Job, plan=False, anyway=False):
         from scale.offload import take_turns
         take_turns(players)
     return kind(config, tokenizer, players, held_out, made_of,
-                [[pair.origin for pair in some] for some in kept])
+                [[pair.origin for pair in some] for some in kept[::2]])
 
 
 def find_start(config):
@@ -448,7 +448,7 @@ def parse_arguments(arguments):
         argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, help in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", default=False, help=help)
-    for field in dataclasses.fields(Config)[:-1]:                   # lr_was is none
+    for field in [field for field in dataclasses.fields(Config) if field.metadata]:
         kind, *_ = typing.get_args(field.type) or (field.type,)
         more = {"action": "store_true"} if kind is bool else {
             "type": kind, "choices": field.metadata.get("choices")}

@@ -1,4 +1,5 @@
-"""Nothing lost: one writer of a run, signals that end it well, checkpoints that are checked.
+"""Nothing lost: one writer of a run, signals that end it well, checkpoints that are checked, steps
+that went wrong and are not saved.
 
 A checkpoint is checkpoint/step-N-CHECKSUM.pt: written aside, brought to the disk, put in place in
 one move. The last two are kept. One whose bytes do not have its checksum is passed over.
@@ -7,6 +8,7 @@ one move. The last two are kept. One whose bytes do not have its checksum is pas
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ try:
 except ImportError:                                    # Windows: two writers are not noticed there
     fcntl = None
 
+NAME = re.compile(r"step-(\d+)-[0-9a-f]+\.pt")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]
 
@@ -97,27 +100,28 @@ def report(job, error):
     player, config = error.player, job.config
     [name] = (name for name, one in job.players.items() if one is player)
     step = sum(one.steps for one in job.players.values())
-    training, _, drafts = job.origins
-    pairs = drafts if name == "sft" and drafts else training
-    rows = [pair for pair in pairs for _ in range(len(player.rows) // len(pairs))]   # drafts: two
-    origins = next(batches(rows, config.batch_size, config.seed, player.steps - 1))
-    on = f"; {job.command} --out {config.out} --resume --lr SMALLER goes on before that"
+    training, drafts = job.origins
+    origins = drafts if name == "sft" and drafts else training
+    origins = [origin for origin in origins for _ in range(len(player.rows) // len(origins))]
+    pairs = next(batches(origins, config.batch_size, config.seed, player.steps - 1))
+    last = max((step_of(path) for path in kept(Path(config.out) / "checkpoint")), default=None)
+    on = f"; {job.command} --out {config.out} --resume --lr SMALLER " + (
+        "begins again" if last is None else
+        f"goes on from step {last} (if that is bad, too, remove its checkpoint)")
     return (f"step {step}, the {name}'s {player.steps}, is not saved: {error}; look at "
             f"{'--sft-lr' if name == 'sft' else '--lr'}, --beta, the weights it began with and "
-            f"these pairs: {', '.join(origins)}{on if name != 'sft' else ''}")
+            f"these pairs: {', '.join(pairs)}{on if name != 'sft' else ''}")
 
 
 WARNINGS = {            # what stands in a row of metrics.jsonl: when to warn, what it means
     "ratio": (lambda ratio: ratio < 0.01,
-              "the mean ratio r is {ratio:.2g}, so hardly anything is learned: AGENT holds what it "
-              "is to reject for far less likely than ENV does"),
+              "the mean ratio r is {ratio:.2g}, so that hardly anything is learned"),
     "clipped": (lambda share: share == 1,
-                "Eq. 12 clips all pairs, so r says nothing of any of them: AGENT holds what it is "
-                "to reject for more likely than ENV does")}
+                "Eq. 12 clips all pairs of a step, so that no pair counts by its own ratio r")}
 
 
 def warn(bar, row):
-    """Once a run (of this process) for each."""
+    """Once for each, in a start of the program."""
     said = vars(bar).setdefault("said", set())
     for name, (is_so, meaning) in WARNINGS.items():
         if name in row and name not in said and is_so(row[name]):
@@ -131,7 +135,12 @@ def warn(bar, row):
 
 def kept(folder):
     """The checkpoints of a folder, by step."""
-    return sorted(Path(folder).glob("step-*-*.pt"), key=lambda path: int(path.name.split("-")[1]))
+    return sorted((path for path in Path(folder).glob("step-*-*.pt") if NAME.fullmatch(path.name)),
+                  key=step_of)
+
+
+def step_of(path):
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def checksum(path):
@@ -167,41 +176,48 @@ def write_checkpoint(folder, step, state):
 
 def read_checkpoint(job):
     """(state, rows of metrics.jsonl until then) of a run's last checkpoint that is whole, if it was
-    made of what `job` is; (None, []): there is none."""
+    made of what `job` is; (None, []): there is none. Later ones are removed: a run that goes on
+    from here writes others, and must not come upon these."""
     folder, metrics = Path(job.config.out) / "checkpoint", Path(job.config.out) / "metrics.jsonl"
     rows, bad = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else [], []
     rows = [row for row in rows if row.endswith(b"\n")]
     if (folder / "state.pt").exists():
         raise ValueError(f"{folder / 'state.pt'} is of an earlier version; go on with it by that")
-    for path in kept(folder)[::-1]:
-        bad.append(f"{path} is damaged")
-        if path.stem.endswith(checksum(path)):
+    for number, path in enumerate(kept(folder)[::-1]):
+        step = step_of(path)
+        if len(rows) < step:
+            bad.append(f"{metrics} has {len(rows)} of the {step} rows before {path}")
+        elif not path.stem.endswith(checksum(path)):
+            bad.append(f"{path} is damaged")
+        else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            compare(job, path, state)
-            if len(rows) < state["step"]:
-                bad[-1] = f"{metrics} has {len(rows)} of the {state['step']} rows before {path}"
-            elif job.agree(lambda: parts(folder, state["step"]) == state.get("parts", {})):
-                if bad[:-1]:
-                    print(f"{'; '.join(bad[:-1])}; going on from {path}", file=sys.stderr)
-                return state, rows[:state["step"]]
+            if job.agree(lambda: parts(folder, step) == state.get("parts", {})):
+                refuse_other(job, path, state)
+                if bad:
+                    print(f"{'; '.join(bad)}; going on from {path}", file=sys.stderr)
+                for later in kept(folder)[len(kept(folder)) - number:]:
+                    later.unlink()
+                return state, rows[:step]
+            bad.append(f"{folder / f'step-{step}'} is damaged")
+            state = None                               # two have no room
     if bad:
         raise ValueError(f"{'; '.join(bad)}; there is no other checkpoint; begin again with "
                          "another --out")
     return None, []
 
 
-def compare(job, path, state):
-    """Refuse a checkpoint that was made of something else. Only --lr may become smaller."""
-    was, config = state["made_of"], job.config
+def refuse_other(job, path, state):
+    """ValueError for a checkpoint that was made of something else. Only --lr may become smaller;
+    what it was until then is noted, here and in config.json."""
+    was, own, config = state["made_of"], job.made_of, job.config
     slower = config.lr < was["--lr"]
-    other = [name for name, value in job.made_of.items()
-             if was.get(name) != value and not (name == "--lr" and slower)]
+    other = [name for name in own if was.get(name) != own[name] and name != "--lr-was"
+             and not (name == "--lr" and slower)]
     if other:
         raise ValueError(f"{path} was made with other {', '.join(other)}; resume needs all as it "
                          "was (--lr may become smaller)")
-    note = f"{was['--lr']:g} until step {state['step']}"
-    if slower and not (config.lr_was or "").endswith(note):
-        config.lr_was = ", then ".join(filter(None, (config.lr_was, note)))
+    note = f"{was['--lr']:g} until step {state['step']}" if slower else None
+    own["--lr-was"] = config.lr_was = ", ".join(filter(None, (was["--lr-was"], note))) or None
 
 
 @contextlib.contextmanager
@@ -223,7 +239,7 @@ def whole_folder(folder):
 
 # options that may change within a run; of files what is in them counts, not where they are
 FREE = {"out", "model", "data", "held_out", "device", "save_every", "micro_tokens", "eval_prompts",
-        "gradient_checkpointing", "offload_resting", "lr_was"}
+        "gradient_checkpointing", "offload_resting"}
 
 
 def ingredients(job, config, shape, folder, training, held_out):

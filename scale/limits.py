@@ -1,7 +1,8 @@
-"""Nothing let in: what is read of other people's files has limits, and no power over a terminal.
+"""What train.py and eval.py read other people's files through: limits of size, errors as sentences,
+and text that has no power over a terminal.
 
-Not defended against, since it takes a second process: a chat template, or a tokenizer, that
-computes for ever. Of a .parquet file or a dataset of the hub only the size of its rows is seen to.
+Not defended against: a chat template or a tokenizer that computes for ever (to stop it would take a
+second process). Of a .parquet file or a dataset of the hub only the size of the rows is looked at.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ try:
 except ImportError:                                    # Windows: a template's memory has no limit
     resource = None
 
-TEXT = 2**20                # characters of a row, and of what a chat template makes of it
+TEXT = 10**6                # characters of a row, and of what a chat template makes of it
 UNPACKED = 100              # times its own size, and a megabyte, that a .gz may hold
 DEPTH = 50                  # of JSON in JSON
 MEMORY = 2**28              # bytes that a template may take
@@ -32,20 +33,25 @@ def load_data(source, held_out=None, leave_out=None):
     """data.load_data, of files that are no bombs and rows that are no books."""
     for path in filter(None, (source, held_out)):
         refuse_bomb(Path(path))
-    *some, note = data.load_data(source, held_out, leave_out)
-    for pair in (*some[0], *some[1]):
+    training, test, note = data.load_data(source, held_out, leave_out)
+    for pair in (*training, *test):
         short(pair.origin, json.dumps((pair.prompt, pair.chosen, pair.rejected),
                                       ensure_ascii=False))
-    return *some, note
+    return training, test, note
+
+
+def read_rows(path):
+    refuse_bomb(path)
+    return data.read_rows(path)
 
 
 def refuse_bomb(path):
     """ValueError for a .gz that unpacks to too much; it is never held as a whole."""
     if path.suffix != ".gz" or not path.is_file():
         return
-    left, packed = UNPACKED * path.stat().st_size + 2**20, 2**16
+    left = UNPACKED * path.stat().st_size + 2**20
     with contextlib.suppress(OSError, EOFError, zlib.error), gzip.open(path) as file:
-        while chunk := file.read(packed):              # what is broken, its reader names
+        while chunk := file.read(2**16):               # what is broken, its reader names
             left -= len(chunk)
             if left < 0:
                 raise ValueError(f"{path}: unpacked it is over {UNPACKED} times as large; unpack "
@@ -66,13 +72,16 @@ class Tokenizer(data.Tokenizer):
 
     @classmethod
     def from_pretrained(cls, folder):
-        refuse_folder(Path(folder))
-        with no_panic(f"{folder}: tokenizer.json cannot be read"), muted():
+        with no_panic(f"{refuse_folder(Path(folder))}: tokenizer.json cannot be read"):
             return super().from_pretrained(folder)
 
     def encode(self, string, rendered=False):
         with no_panic(f"the tokenizer cannot read {string[:40]!r}"):
             return super().encode(string, rendered)
+
+    def decode(self, ids):
+        with no_panic("the tokenizer cannot decode an answer"):
+            return super().decode(ids)
 
     def render(self, prompt, add_generation_prompt=False):
         if isinstance(prompt, str):
@@ -82,20 +91,26 @@ class Tokenizer(data.Tokenizer):
                          super().render(prompt, add_generation_prompt))
 
 
+def find_source(name):
+    return refuse_folder(data.find_source(name))
+
+
 def refuse_folder(folder):
-    """ValueError for a link out of a model's folder, whose files are copied into the players (the
-    hub's cache links to its blobs), and for JSON that is nested deeper than DEPTH."""
+    """The folder itself. ValueError for a link out of it, since a model's files are copied into the
+    players (the hub's cache links to its blobs), and for JSON that is nested deeper than DEPTH."""
     home = folder.resolve()
     homes = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
     for path in sorted(folder.glob("*")):
         if path.is_symlink() and not any(map(Path(os.path.realpath(path)).is_relative_to, homes)):
-            raise ValueError(f"{path} is a link out of its folder; put a copy in its place")
+            raise ValueError(f"{path} is a link out of its folder; name the folder that it points "
+                             "to, or put a copy in its place")
         if path.suffix == ".json" and path.name != "tokenizer.json" and path.is_file():
             value = None
             with contextlib.suppress(ValueError, RecursionError):      # its reader names these
                 value = json.loads(path.read_bytes())
             if is_deep(value, DEPTH):
                 raise ValueError(f"{path} is nested more than {DEPTH} deep")
+    return folder
 
 
 def is_deep(value, room):
@@ -105,22 +120,16 @@ def is_deep(value, room):
 
 @contextlib.contextmanager
 def no_panic(what):
-    """A panic of the library's Rust, which is no Exception, becomes a sentence."""
+    """A panic of the library's Rust, which is no Exception, becomes a sentence. What Rust itself
+    writes of it, to the process' standard error, is none and goes nowhere."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"{what} ({' '.join(str(error).split())})") from None
-
-
-@contextlib.contextmanager
-def muted():
-    """Nothing gets to standard error: what Rust writes of a panic is no sentence."""
-    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
     finally:
         os.dup2(before, 2)
         os.close(before)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, find_source
+from data import find_source
 from model import Decoder, checkpoint_names, read_file, read_tensor
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -171,6 +171,7 @@ def main(arguments=None):
     try:
         if Path(options.out).exists():
             raise ValueError(f"{options.out} exists; take another one")
+        from scale.limits import Tokenizer
         tokenizer, model = Tokenizer.from_pretrained(options.adapter), merged(options.adapter)
         model.save_pretrained(options.out)
         tokenizer.save(options.out)

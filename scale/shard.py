@@ -131,10 +131,14 @@ class Job(train.Job):
         if not is_first():
             self.config.out = self.nowhere.name
             (Path(self.config.out) / "checkpoint").mkdir()
-            for file in (*guard.kept(self.out / "checkpoint"), self.out / "metrics.jsonl"):
-                if file.is_file():
-                    shutil.copy(file, Path(self.config.out) / file.relative_to(self.out))
+
+    def load(self):
+        """Of a run that nobody else writes, by now."""
+        for file in (*guard.kept(self.out / "checkpoint"), self.out / "metrics.jsonl"):
+            if file.is_file() and not is_first():
+                shutil.copy(file, Path(self.config.out) / file.relative_to(self.out))
         dist.barrier()
+        return super().load()
 
     def save_player(self, name):
         player, whole = self.players[name], {}

@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -60,17 +61,22 @@ def bounds(small_world):
 def behaves(main, arguments, folder, codes=(None, 0, 2)):
     """The exit code of a command, which is a good one; refusals are a sentence, and write nothing
     below `folder`."""
-    before, said, code = contents(folder), io.StringIO(), None
+    before, code, stderr = contents(folder), None, os.dup(2)
     signal.alarm(SECONDS)
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            main([*map(str, arguments)])
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        signal.alarm(0)
-    lines = [line for line in said.getvalue().replace("\r", "\n").split("\n")
-             if line.strip() and "%|" not in line]
+    with tempfile.TemporaryFile("w+", errors="surrogateescape") as said:
+        os.dup2(said.fileno(), 2)                      # libraries write there, too
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                main([*map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            signal.alarm(0)
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        said.seek(0)
+        lines = [line for line in re.split("[\r\n]", said.read())
+                 if line.strip() and "%|" not in line]
     assert code in codes, (code, lines)
     if code == 2:
         assert len(lines) == 1 and contents(folder) == before, lines
