@@ -79,8 +79,7 @@ def load_data(source, held_out=None, leave_out=None):
             raise ValueError(f"{source}: {count} of {len(sources)} rows have a source with "
                              f"{name!r}, to be left out, of {', '.join(sorted({*sources})[:20])}")
         note += f"; left out {count} rows of source {name}"
-        pairs, tests = ([pair for pair in some if name not in pair.source]
-                        for some in (pairs, tests))
+        pairs, tests = ([one for one in some if name not in one.source] for some in (pairs, tests))
     if not test:
         tests = [pair for pair in pairs if is_held_out(pair)]
         pairs = [pair for pair in pairs if not is_held_out(pair)]

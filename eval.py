@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import (SafeWorld, cut_left, encode_pairs, micro_batches, read_object, replace_file)
 from iopo import preference_margin
 from model import Decoder, find_device, generate, response_logps
-from scale.limits import Tokenizer, console, find_source, load_data, read_rows
+from scale.limits import Tokenizer, brief, console, find_source, load_data, read_rows
 
 EXAM_PAIRS = 400            # of the safe world
 EXAM_BETA = 0.1             # so that margins of runs trained with different beta compare
@@ -328,7 +328,7 @@ def read_metrics(run):
             numbers = {name: float(row[name]) for name in ("step", *PANELS) if name in row}
             rows.append({"run": run, "player": row["player"], **numbers})
             COLORS[row["player"]], numbers["step"]                 # must be there
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
             raise ValueError(f"{origin}: no row of metrics") from None
     if not rows:
         raise ValueError(f"{run}: has no step yet")
@@ -416,7 +416,7 @@ def main(arguments=None):
         folders = [] if options.task == "plot" else map(Path, options.runs)
         TASKS[options.task][0]([open_run(folder, options.sft) for folder in folders], options)
     except (ValueError, OSError) as error:                         # bugs raise other things
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"eval.py: {brief(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -300,7 +300,7 @@ def find_device(name):
         name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         torch.zeros(1, device=name).item()
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"no device {name} here ({str(error).splitlines()[0]})") from None
 
 

@@ -58,14 +58,14 @@ class Config:
     sft_steps: int | None = option(None, "steps of SFT before that", least=0, world=400, own=0)
     sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1.5e-3, own=2e-5)
     lr: float | None = option(None, "of both players", above=0, world=5e-5, own=2e-7)
-    batch_size: int = option(32, "pairs per optimiser step", least=1)
+    batch_size: int = option(32, "pairs per optimiser step", least=1, below=10**6)
     max_length: int | None = option(None, "tokens of prompt + answer; a longer prompt loses its "
                                     "left side", least=2, world=64, own="the model's, up to 1024")
     micro_tokens: int | None = option(1536, "per forward pass; less memory, same gradient", least=1)
     gradient_checkpointing: bool = option(False, "compute layers twice: less memory, more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
     dtype: str = option("float32", "of matrix products only", choices=("float32", "bfloat16"))
-    lora_rank: int | None = option(None, "rank of both players' adapters; None: all train", least=1)
+    lora_rank: int | None = option(None, "rank of both players' adapters", least=1, below=10**5)
     backbone_dtype: str = option("float32", "of their backbone", choices=("float32", "bfloat16"))
     offload_resting: bool = option(False, "moments of the player that rests go to CPU memory")
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
@@ -416,6 +416,8 @@ def make_config(options, given=None):
                         ("lora_rank", "model")):
         if getattr(config, name) is not None and getattr(config, other) is None:
             raise ValueError(f"{flag_of(name)} needs {flag_of(other)}")
+    if config.sft_steps + config.n_iter * (config.n_mu + config.n_nu) > 10**6:
+        raise ValueError("a run has at most a million steps; fewer --n-iter, --n-mu, --sft-steps")
     if config.lora_rank and config.sft_steps:
         raise ValueError("--lora-rank needs --sft-steps 0: train its SFT model by --method sft")
     read = {method: {*inspect.getfullargspec(loss).kwonlyargs, "micro_tokens"}
@@ -482,7 +484,7 @@ def main(arguments=None, kind=Job):
     except KeyboardInterrupt:                                       # not while it trains
         raise SystemExit(130) from None
     except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
-        print(f"train.py: {error}", file=sys.stderr)
+        print(f"train.py: {limits.brief(str(error))}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 
 

@@ -7,6 +7,7 @@ one move. The last two are kept. One whose bytes do not have its checksum is pas
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ def guarded(job, new):
     """Hold the run's folder, a new one or not, while `job` trains in it. A signal sets job.signal,
     and the run stops after that step, saved. The system lets go of a folder whose process dies."""
     out, previous = Path(job.config.out), {}
+    if not job.config.out.isprintable():
+        raise ValueError(f"--out {job.config.out!r}: not all libraries can open such a name")
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY) if fcntl else None
     try:
@@ -165,8 +168,9 @@ def write_checkpoint(folder, step, state):
     partial = folder / "state.pt.partial"
     try:
         torch.save(state, partial)
-    except RuntimeError as error:                      # of a full disk, say
-        raise OSError(f"{partial}: {error}; the checkpoints before it are whole") from None
+    except (OSError, RuntimeError) as error:           # of a full disk, say
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{partial}: {error}; what checkpoints there are, are whole") from None
     for path in (partial, folder.parent / "metrics.jsonl"):
         sync(path)
     partial.replace(folder / f"step-{step}-{checksum(partial)}.pt")
@@ -179,31 +183,54 @@ def read_checkpoint(job):
     made of what `job` is; (None, []): there is none. Later ones are removed: a run that goes on
     from here writes others, and must not come upon these."""
     folder, metrics = Path(job.config.out) / "checkpoint", Path(job.config.out) / "metrics.jsonl"
-    rows, bad = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else [], []
-    rows = [row for row in rows if row.endswith(b"\n")]
-    if (folder / "state.pt").exists():
-        raise ValueError(f"{folder / 'state.pt'} is of an earlier version; go on with it by that")
-    for number, path in enumerate(kept(folder)[::-1]):
+    rows, bad, later = whole_rows(metrics), [], []
+    if (folder / "state.pt").exists() or folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is of an earlier version, or none; go on with it by that")
+    for path in kept(folder)[::-1]:
         step = step_of(path)
         if len(rows) < step:
             bad.append(f"{metrics} has {len(rows)} of the {step} rows before {path}")
-        elif not path.stem.endswith(checksum(path)):
+        elif (state := whole_state(path)) is None:
             bad.append(f"{path} is damaged")
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if job.agree(lambda: parts(folder, step) == state.get("parts", {})):
-                refuse_other(job, path, state)
-                if bad:
-                    print(f"{'; '.join(bad)}; going on from {path}", file=sys.stderr)
-                for later in kept(folder)[len(kept(folder)) - number:]:
-                    later.unlink()
-                return state, rows[:step]
+        elif not job.agree(lambda: parts(folder, step) == state.get("parts", {})):
             bad.append(f"{folder / f'step-{step}'} is damaged")
-            state = None                               # two have no room
+        else:
+            refuse_other(job, path, state)
+            if bad:
+                print(f"{'; '.join(bad)}; going on from {path}", file=sys.stderr)
+            for other in later:
+                other.unlink()
+            return state, rows[:step]
+        later.append(path)
+        state = None                                   # there may be no room for two
     if bad:
         raise ValueError(f"{'; '.join(bad)}; there is no other checkpoint; begin again with "
                          "another --out")
+    if rows:
+        print(f"{folder} has no checkpoint: beginning again at step 1", file=sys.stderr)
     return None, []
+
+
+def whole_rows(metrics):
+    """The rows of metrics.jsonl up to the first that is not the next step's."""
+    rows = []
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        for row in metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []:
+            if not row.endswith(b"\n") or json.loads(row)["step"] != len(rows) + 1:
+                break
+            rows.append(row)
+    return rows
+
+
+def whole_state(path):
+    """What is in a checkpoint; None where it has not the bytes, or the content, of one."""
+    if not path.is_file() or not path.stem.endswith(checksum(path)):
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state if state["made_of"] and step_of(path) == state["step"] else None
+    except Exception:                                  # of a forged one
+        return None
 
 
 def refuse_other(job, path, state):

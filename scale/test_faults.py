@@ -163,6 +163,68 @@ def test_where_metrics_are_short_the_checkpoint_before_is_used(
     assert same(read_run(tmp_path / "run")[1], read_run(looked)[1])
 
 
+DAMAGE = {"a row is twice there": lambda rows: rows[:3] + rows[2:],
+          "an empty row": lambda rows: rows[:3] + [b"\n"] + rows[3:],
+          "rubbish": lambda rows: rows[:3] + [b"rubbish\n"] + rows[4:],
+          "no end": lambda rows: [*rows[:3], rows[3][:-1]]}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_rows_of_metrics_are_those_of_their_steps(name, looked, tmp_path, capsys, no_table):
+    """Those before the damage count, and there is a checkpoint before it."""
+    with killed("step", 6):
+        run(tmp_path / "run", *LOOKS, "--save-every", "3")
+    path = tmp_path / "run/metrics.jsonl"
+    path.write_bytes(b"".join(DAMAGE[name](path.read_bytes().splitlines(keepends=True))))
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert f"{path} has 3 of the 6 rows" in capsys.readouterr().err
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+
+
+def test_a_run_without_a_checkpoint_says_that_it_begins_again(looked, tmp_path, capsys, no_table):
+    with killed("step", 5):
+        run(tmp_path / "run", *LOOKS, "--save-every", "0")
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "has no checkpoint: beginning again at step 1" in capsys.readouterr().err
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+
+
+def odd_checkpoints(folder):
+    """Names and contents that no run has written."""
+    for name in ("step-x-y.pt", "step-\u00b2-a.pt", "step-99-zz.pt"):
+        (folder / name).write_bytes(b"")
+    (folder / "step-98-aa.pt").mkdir()
+    for content in ({}, [1], {"made_of": {}, "step": 97}):
+        torch.save(content, folder / "state")
+        (folder / "state").rename(folder / f"step-97-{guard.checksum(folder / 'state')}.pt")
+
+
+def test_what_is_no_checkpoint_is_passed_over(looked, tmp_path, capsys, no_table):
+    with killed("step", 9):
+        run(tmp_path / "run", *LOOKS, "--save-every", "4")
+    path = tmp_path / "run/metrics.jsonl"
+    row = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(row[:9]) + b"".join(b'{"step": %d}\n' % n for n in range(10, 100)))
+    odd_checkpoints(tmp_path / "run/checkpoint")
+    (tmp_path / "run/checkpoint/step-98-aa.pt").rmdir()            # a folder stays where it is
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    assert "is damaged; going on from" in capsys.readouterr().err
+    assert read_run(tmp_path / "run")[0] == read_run(looked)[0]
+
+
+def test_a_disk_that_is_full_of_output_is_told(tmp_path):
+    """/dev/full takes nothing. And a closed stream is no error."""
+    def shell(redirected):
+        return subprocess.run(f"{sys.executable} {HERE / 'eval.py'} --scores {path} {redirected}",
+                              shell=True, capture_output=True, text=True)
+    path = tmp_path / "scores.jsonl"
+    path.write_text('{"run_a": "a", "run_b": "b", "score_a": 1, "score_b": 2}\n')
+    full = shell("> /dev/full")
+    assert full.returncode == 2 and "No space left" in full.stderr.splitlines()[-1]
+    closed = shell(">&-")
+    assert closed.returncode == 0 and "Traceback" not in closed.stderr
+
+
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", "runs")
@@ -269,6 +331,10 @@ FOLDERS = {
                                {"Sequence": {"id": "A", "type_id": 0}}],
             "special_tokens": {"<z>": {"id": "<z>", "ids": [10**6], "tokens": ["<z>"]}}}),
         "more ids than the embeddings"),
+    "one that reads otherwise each time": (
+        lambda folder: edit_json(folder / "tokenizer.json", model={
+            **json.loads((folder / "tokenizer.json").read_text())["model"], "dropout": 0.5}),
+        "has a dropout"),
     "an eos token without a text": (empty_eos, "no answer could end"),
     "a config of 900 lists": (config_json(extra=nested(900)), "nested more than 50 deep"),
     "rotary positions of 900 lists": (config_json(rope_scaling=nested(900)), "nested more than"),
@@ -341,7 +407,7 @@ def test_templates_that_make_too_much(name, tmp_path, capfd):
 def test_pairs_that_are_refused(tmp_path, capfd):
     folder, row = model_folder(tmp_path / "model"), {"prompt": "a", "chosen": "b"}
     bomb = tmp_path / "bomb.jsonl.gz"
-    bomb.write_bytes(gzip.compress(bytes(2**20)) * 400)
+    bomb.write_bytes(gzip.compress(b"\n" * 2**20) * 400)
     large = tmp_path / "large.jsonl"
     large.write_text(json.dumps({**row, "rejected": "c"}) + "\n" +
                      json.dumps({**row, "rejected": "c" * 50 * 10**6}))
@@ -349,7 +415,8 @@ def test_pairs_that_are_refused(tmp_path, capfd):
     book.write_text(json.dumps({**row, "rejected": "c" * 10**6}))
     assert "over 100 times" in refused(examination.main, ["--scores", str(bomb)], capfd)
     for path, words in ((bomb, "unpacked it is over 100 times as large"),
-                        (book, f"{book}, line 1: has 10000"), (large, f"{large}, line 2: has 50")):
+                        (book, f"{book}, line 1: has 10000"),
+                        (large, f"{large}: has a line of over 8000000 bytes")):
         for flag in ("--data", "--held-out"):
             (tmp_path / "good.jsonl").write_text(json.dumps({**row, "rejected": "c"}) + "\n")
             files = {"--data": tmp_path / "good.jsonl", flag: path}
@@ -357,6 +424,24 @@ def test_pairs_that_are_refused(tmp_path, capfd):
             said = refused(train.main, ["--model", str(folder), "--out", str(tmp_path / "run"), *(
                 str(part) for pair in files.items() for part in pair)], capfd)
             assert words in said and time.time() - begun < 10
+
+
+def test_what_is_no_file_is_refused(tmp_path, capfd):
+    folder, pipe = model_folder(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    os.mkfifo(pipe)
+    for main, flags in ((train.main, ["--model", str(folder), "--data"]),
+                        (examination.main, ["--scores"])):
+        assert "neither a file nor a folder" in refused(main, [*flags, str(pipe)], capfd)
+    os.mkfifo(folder / "chat_template.jinja")
+    with pytest.raises(ValueError, match="chat_template.jinja is no file"):
+        limits.Tokenizer.from_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    for name in ("vocab.json", "modeling.py"):
+        with (folder / name).open("wb") as file:
+            file.truncate(2**32)                       # of no blocks
+        with pytest.raises(ValueError, match=f"{name} is no file, or one of over"):
+            limits.Tokenizer.from_pretrained(folder)
+        (folder / name).unlink()
 
 
 def test_a_small_file_may_unpack_to_a_megabyte(tmp_path):
