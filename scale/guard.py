@@ -35,7 +35,7 @@ def guarded(job, new):
     """Hold the run's folder, a new one or not, while `job` trains in it. A signal sets job.signal,
     and the run stops after that step, saved. The system lets go of a folder whose process dies."""
     out, previous = Path(job.config.out), {}
-    if not job.config.out.isprintable():
+    if re.search("[\0-\x1f\ud800-\udfff]", job.config.out):
         raise ValueError(f"--out {job.config.out!r}: not all libraries can open such a name")
     out.mkdir(parents=True, exist_ok=True)
     folder = os.open(out, os.O_RDONLY) if fcntl else None
@@ -185,7 +185,8 @@ def read_checkpoint(job):
     folder, metrics = Path(job.config.out) / "checkpoint", Path(job.config.out) / "metrics.jsonl"
     rows, bad, later = whole_rows(metrics), [], []
     if (folder / "state.pt").exists() or folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is of an earlier version, or none; go on with it by that")
+        raise ValueError(f"{folder} is not as this version writes it; go on with the run by the "
+                         "version that began it")
     for path in kept(folder)[::-1]:
         step = step_of(path)
         if len(rows) < step:
