@@ -443,18 +443,20 @@ def test_two_processes_train_as_one_does(tmp_path, more, file):
 
 
 def test_a_signal_stops_all_processes_at_one_step(tmp_path, capsys):
-    """Though only one has heard it, or torchrun itself; and what torchrun began, torchrun alone
-    goes on with."""
+    """Though only one has heard it, or (with KILLS) torchrun itself; and what torchrun began,
+    torchrun alone goes on with."""
     make_base(tmp_path / "base")
     code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--model", tmp_path / "base",
                             *TURNS.split(), "--n-iter", "30", TOLD_AT="7")
     assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
     assert len(steps_of(tmp_path / "two")) == 7
-    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume", "--lr", "1e-3",
-                            ALL_TOLD_AT="2")
-    assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
-    assert 9 <= len(steps_of(tmp_path / "two")) < 180
-    assert json.loads((tmp_path / "two/config.json").read_text())["lr_was"] == "0.01 until step 7"
+    if "KILLS" in os.environ:
+        code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--resume", "--lr", "1e-3",
+                                ALL_TOLD_AT="2")
+        assert code != 0 and errors.count("stopped; go on by: torchrun") == 1, errors
+        assert 9 <= len(steps_of(tmp_path / "two")) < 180
+        config = json.loads((tmp_path / "two/config.json").read_text())
+        assert config["lr_was"] == "0.01 until step 7"
     capsys.readouterr()
     assert "other command;" in refused(train.main, ["--out", tmp_path / "two", "--resume"], capsys)
 
