@@ -12,7 +12,6 @@ import argparse
 import io
 import itertools
 import json
-import math
 import sys
 from collections import namedtuple
 from operator import itemgetter
@@ -255,9 +254,9 @@ def compare_scores(_, options):
     scores, bad = read_scores(options.scores), -LIMIT if options.bad is None else options.bad
     counts = tally([(a, b, max(a, b) <= bad) for a, b in zip(*scores.values())], options.tie)
     votes, fewer = counts["win"] + counts["lose"], min(counts["win"], counts["lose"])
-    tail = sum(math.comb(votes, k) for k in range(fewer + 1)) / 2**votes
+    ways = itertools.accumulate(range(fewer), lambda c, k: c * (votes - k) // (k + 1), initial=1)
     report = {"prompts": sum(counts.values()), "tie_at_most": options.tie, "bad_at_most":
-              options.bad, **counts, "p_sign_test": min(1.0, 2 * tail), "runs": {}}     # two-sided
+              options.bad, **counts, "p_sign_test": min(1.0, 2 * sum(ways) / 2**votes), "runs": {}}
     for run, some in scores.items():
         rate = None if options.bad is None else mean([score <= bad for score in some])
         report["runs"][run] = {"mean_score": mean(some), "bad_rate": rate}

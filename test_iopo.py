@@ -3523,6 +3523,19 @@ def test_a_judge_from_outside(tmp_path, capsys, monkeypatch):
         ["a", "again.jsonl", "answers.jsonl", "b", "judged.jsonl"]
 
 
+@pytest.mark.parametrize("win, lose", ((0, 0), (0, 3), (5, 5), (7, 2), (300, 260), (10000, 9000)))
+def test_the_sign_test(win, lose, tmp_path, capsys):
+    scores = [(1, 0)] * win + [(0, 1)] * lose + [(1, 1)]
+    rows = [{"run_a": "a", "run_b": "b", "score_a": a, "score_b": b} for a, b in scores]
+    p = examined(["--scores", write_rows(tmp_path / "scores.jsonl", rows)], capsys)["p_sign_test"]
+    if win + lose > 1000:                              # as a normal distribution has it
+        z = (win - lose - 1) / math.sqrt(win + lose)
+        assert p == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
+    else:
+        tail = sum(math.comb(win + lose, k) for k in range(min(win, lose) + 1))
+        assert p == pytest.approx(min(1, 2 * tail / 2**(win + lose)))
+
+
 def test_scores_by_hand(tmp_path, capsys):
     """Scores of 0 to 3, the paper's way: two zeros are bad. 4 to 1 has p = 2 * (1 + 5) / 2^5."""
     def line(ours, theirs, exchanged):
