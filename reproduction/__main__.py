@@ -1,8 +1,8 @@
 """The experiments on the safe world, a part at a time or all of them.
 
     python -m reproduction frontier         # rate, steps and KL to SFT: nine rows
-    python -m reproduction rounds           # runs for Table 2, those in rounds of new pairs
-    python -m reproduction tables           # the paper's two tables: its other rows, and those
+    python -m reproduction rounds           # part of the next: runs in rounds of new pairs
+    python -m reproduction tables           # the paper's two tables: its other rows
     python -m reproduction ablation         # readings of the paper, one at a time
     python -m reproduction theorems         # exact games, three minutes
     python -m reproduction                  # all of these
@@ -36,7 +36,7 @@ def main(arguments=None):
     try:
         options = parse_arguments(arguments)
         spawn = multiprocessing.get_context("spawn")
-        for part in [options.part] if options.part else COMMANDS:
+        for part in [options.part] if options.part else [*plan.PARTS, "theorems"]:
             if part == "theorems":
                 theorems(options)
                 continue
