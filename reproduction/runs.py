@@ -127,8 +127,9 @@ def carry_out_all(runs, pool, bar):
     """The results of runs, in their order; those finished before are read back. Runs may diverge,
     but SFT must not, since all others start there."""
     results = [finished(run) for run in runs]
-    waiting = {pool.submit(carry_out, run): number
-               for number, run in enumerate(runs) if results[number] is None}
+    order = sorted(range(len(runs)), key=lambda number: -runs[number].seconds)     # no long tail
+    waiting = {pool.submit(carry_out, runs[number]): number
+               for number in order if results[number] is None}
     bar.total -= sum(run.seconds for run, result in zip(runs, results) if result is not None)
     for future in concurrent.futures.as_completed(waiting):
         number = waiting[future]
