@@ -26,6 +26,7 @@ import eval as examination
 import train
 from model import generate
 from scale import guard, limits
+from scale.test_scale import steps_of
 from test_iopo import (HERE, LOOKS, QUICK, contents, edit_json, killed, looked, model_folder,
                        no_table, player, read_run, refused, run, same, small_world, tiny_model)
 
@@ -113,7 +114,7 @@ def test_a_bad_step_is_told_with_its_pairs_and_gone_on_with_slower(tmp_path, cap
     order = [i for epoch in range(9) for i in np.random.default_rng([0, epoch]).permutation(60)]
     assert pairs.split(", ") == [f"train {i}" for i in order[8 * (int(own) - 1):][:8]]
     assert not np.isfinite(float(gradient)) or not float(weights) < 1e6
-    assert len(read_run_metrics(tmp_path / "run")) == int(step) - 1
+    assert len(steps_of(tmp_path / "run")) == int(step) - 1
     last = guard.kept(tmp_path / "run/checkpoint")[-1]
     assert f"SMALLER goes on from step {guard.step_of(last)} (" in said
     for checkpoint in guard.kept(tmp_path / "run/checkpoint"):     # of the wrecked weights
@@ -121,10 +122,6 @@ def test_a_bad_step_is_told_with_its_pairs_and_gone_on_with_slower(tmp_path, cap
             checkpoint.unlink()
     train.main([*command.split()[2:], "1e-4"])
     assert (tmp_path / "run/adversary").is_dir()
-
-
-def read_run_metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_bad_step_of_sft_names_the_drafts(tmp_path, capsys):
@@ -141,7 +138,7 @@ def test_what_the_ratios_come_to_is_said_once(tmp_path, capsys, no_table):
     """Mean r below 0.01, all pairs clipped: by metrics.jsonl, in the first such step alone."""
     run(tmp_path / "run", "--lr", "1e-2", "--n-mu", "6", "--n-nu", "6")
     said = re.split("[\r\n]", capsys.readouterr().err)
-    rows = [row for row in read_run_metrics(tmp_path / "run") if "ratio" in row]
+    rows = [row for row in steps_of(tmp_path / "run") if "ratio" in row]
     for words, bad in (("hardly anything is learned", [row for row in rows if row["ratio"] < 0.01]),
                        ("Eq. 12 clips all pairs", [row for row in rows if row["clipped"] == 1])):
         lines = [line for line in said if words in line]

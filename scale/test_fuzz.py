@@ -19,11 +19,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as examination
 import train
-from test_iopo import contents, in_shards, model_folder, run, small_world
+from scale.test_faults import nested
+from test_iopo import (BIN, BIN_INDEX, INDEX, WEIGHTS, as_bin, contents, in_shards, model_folder,
+                       run, small_world)
 
 hypothesis = pytest.importorskip("hypothesis", reason="pip install hypothesis")
 resource = pytest.importorskip("resource")
@@ -85,10 +87,6 @@ def behaves(main, arguments, folder, codes=(None, 0, 2)):
 
 
 # ---- Rubbish -------------------------------------------------------------------------------------
-
-def nested(depth):
-    return json.loads("[" * depth + "]" * depth)
-
 
 ODD = st.sampled_from([
     None, True, False, 0, 1, -1, 2, 7, 64, 2**31, 2**63, 10**400, 1e308, -1e-300, 0.5, float("nan"),
@@ -249,29 +247,14 @@ def test_files_of_the_tokenizer(model, data):
 @hypothesis.given(st.data())
 def test_weights_and_their_index(model, data):
     with begun(model) as (folder, arguments):
-        path = folder / "model/model.safetensors"
-        kind = data.draw(st.sampled_from(["whole", "shards", "bin", "bins"]))
-        tensors = load_file(path)
-        if kind == "bin":
-            path.unlink()
-            path = path.with_name("pytorch_model.bin")
-            torch.save(tensors, path)
-        elif kind != "whole":
-            path.unlink()
-            suffix = "safetensors" if kind == "shards" else "bin"
-            stem = "model" if kind == "shards" else "pytorch_model"
-            half = len(tensors) // 2
-            names = {name: f"{stem}-{1 + (number > half)}.{suffix}"
-                     for number, name in enumerate(tensors)}
-            for shard in {*names.values()}:
-                some = {name: value for name, value in tensors.items() if names[name] == shard}
-                if kind == "shards":
-                    from safetensors.torch import save_file
-                    save_file(some, path.with_name(shard))
-                else:
-                    torch.save(some, path.with_name(shard))
-            path = path.with_name(f"{stem}.{suffix}.index.json")
-            path.write_text(json.dumps({"weight_map": names}))
+        file = data.draw(st.sampled_from([WEIGHTS, INDEX, BIN, BIN_INDEX]))
+        path, tensors = folder / "model" / file, load_file(folder / "model" / WEIGHTS)
+        if file == BIN:
+            as_bin(folder / "model")
+        elif file != WEIGHTS:
+            suffix, save = (".safetensors", save_file) if file == INDEX else (".bin", torch.save)
+            where = {name: f"{number % 2}{suffix}" for number, name in enumerate(tensors)}
+            in_shards(folder / "model", tensors, where, file, save)
         path.write_bytes(data.draw(odd_file(path)))
         behaves(train.main, arguments, folder)
 
