@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -492,6 +493,84 @@ def test_refusals_of_torchrun(monkeypatch):
                            ({"batch_size": 3}, "multiple of the 2")):
         with pytest.raises(ValueError, match=words):
             shard.Job.models(train.Config(**options), None, None)
+
+
+# ---- What a GPU does, without one ----------------------------------------------------------------
+
+def test_attention_without_a_mask_reads_what_each_token_may(monkeypatch):
+    """A loop over sequences stands for the kernel, whose causal queries end with their keys."""
+    from scale import attention
+
+    def kernel(q, k, v, q_ends, k_ends, longest_q, longest_k, window_size, enable_gqa=True):
+        assert window_size == (-1, 0) and enable_gqa
+        assert q_ends[-1] == len(q) and k_ends[-1] == len(k)
+        read = torch.full_like(q, torch.nan)
+        for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
+            assert b - a <= longest_q and d - c <= longest_k
+            sees = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            inputs = (some.transpose(0, 1) for some in (q[a:b], k[c:d], v[c:d]))
+            read[a:b] = torch.nn.functional.scaled_dot_product_attention(
+                *inputs, attn_mask=sees, enable_gqa=True).transpose(0, 1)
+        return read
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    torch.manual_seed(0)
+    batch = PairBatch.from_ids([*ROWS, ([5], [7], [8]), ([5, 6], [7, 9], None)])
+    q, k, v = (torch.randn(1, heads, batch.input_ids.shape[1], 8) for heads in (4, 2, 2))
+    read, place = attention.of_pairs(batch, 8)(0, q, k, v), 0
+    for (context, *answers) in (([5, 6], [7, 8, 9], [7, 10]), ([5], [11, 12], [11, 13, 14, 15]),
+                                ([], [5], [5]), ([5], [6, 7], [])):
+        start, place = place, place + len(context)
+        seen = [[*range(start, start + number + 1)] for number in range(len(context))]
+        for answer in answers:
+            seen += [[*range(start, start + len(context)), *range(place, place + number + 1)]
+                     for number in range(len(answer))]
+            place += len(answer)
+        for token, keys in enumerate(seen, start):
+            for head in range(4):
+                weights = (k[0, head // 2, keys] @ q[0, head, token] / 8 ** 0.5).softmax(dim=0)
+                torch.testing.assert_close(read[0, head, token], weights @ v[0, head // 2, keys])
+    assert place == len(q[0, 0])
+    assert attention.of_pairs(batch, 20) is None       # no kernel has such heads
+
+
+def test_resting_moments_go_when_the_turn_changes(monkeypatch):
+    """`moved` only writes down where a moment is: both places are this machine's memory."""
+    from scale import offload
+    place, gpu = {}, SimpleNamespace(device=torch.device("cuda"))
+
+    def moved(value, device, parameter=None):
+        place[value] = "rests" if parameter is None else "acts"
+        assert device == (torch.device("cpu") if parameter is None else parameter.device)
+        return value
+
+    def where(optimizer):
+        return {place.get(state[name], "new") for state in optimizer.state.values()
+                for name in ("exp_avg", "exp_avg_sq")}
+
+    monkeypatch.setattr(offload, "moved", moved)
+    players = {}
+    for name in ("sft", "protagonist", "adversary"):
+        weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+        players[name] = SimpleNamespace(optimizer=torch.optim.AdamW(weights), model=gpu)
+    offload.take_turns(players)
+    sft, mu, nu = (player.optimizer for player in players.values())
+
+    def step(optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.ones(3)
+        optimizer.step()
+        return [where(one) for one in (sft, mu, nu)]
+
+    assert step(sft) == [{"new"}, set(), set()]
+    assert step(mu) == [{"rests"}, {"new"}, set()]
+    assert step(mu) == [{"rests"}, {"acts"}, set()]
+    assert step(nu) == [{"rests"}, {"rests"}, {"new"}]
+    assert step(mu) == [{"rests"}, {"acts"}, {"rests"}]
+    mu.load_state_dict(mu.state_dict())                # a resumed run's
+    assert where(mu) == {"rests"}
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
