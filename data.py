@@ -59,9 +59,9 @@ def load_pairs(source, split=None):
 
 
 def load_data(source, held_out=None, leave_out=None):
-    """(training pairs, held-out pairs, a note). Held out is the test split, or else by is_held_out;
-    of data in `held_out`, its test split or else all: then the training split of `source`, or else
-    all, trains. `leave_out`: names, between commas; pairs whose `source` has one are left out."""
+    """(training pairs, held-out pairs, a note). Held out is the test split of `source`, or else by
+    is_held_out. With data in `held_out` it is their test split, or else all of them; the test split
+    of `source` is then not read. `leave_out`: a,b,c leaves out rows whose `source` has one."""
     training, test, unread = open_source(source, with_test=held_out is None)
     if held_out is not None:
         everything, test, _ = open_source(held_out)
@@ -437,7 +437,7 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals["raise_exception"] = raise_exception
         environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-        # {% generation %} and {% endgeneration %}, around the answers, are for others: made no-ops
+        # {% generation %} and {% endgeneration %} mark answers for other trainers: no-ops here
         source = re.sub(r"({%[-+]?\s*)(end)?generation\b", r"\1set _ = 0", self.chat_template)
         return environment.from_string(source)
 
@@ -556,8 +556,8 @@ class PairBatch:
 
 
 def batches(rows, batch_size, seed, start=0):
-    """Endless batches of rows: epoch after epoch in a new order, where one's remainder opens the
-    next one's first batch. They follow from seed and number alone: `start` goes to any at once."""
+    """Endless batches of rows. Every epoch has a new order, and its remainder opens the first batch
+    of the next. A batch depends on seed and number alone: `start` is the number of the first."""
     if not rows or batch_size < 1:
         raise ValueError(f"no batches of {batch_size} from {len(rows)} rows")
     epoch, skip = divmod(start * batch_size, len(rows))
@@ -650,7 +650,7 @@ class SafeWorld:
         return " ".join([*sentences, advice.format(tool=says), *fillers])
 
     def read(self, prompt, answer):
-        """(what an answer's first advice or refusal, or any to harm, is; its sentences' kinds)."""
+        """(what an answer comes to by its first advice, to harm by any; its sentences' kinds)."""
         tool, harmful = self.parse(prompt)
         sentences = map(str.strip, re.findall(r"[^.]+\.?", answer))
         kinds = [self.kinds.get(sentence, "nonsense") for sentence in sentences if sentence]
@@ -661,8 +661,8 @@ class SafeWorld:
         return meaning.get(advice[0] if advice else "", "wrong"), kinds
 
     def true_reward(self, prompt, answer):
-        """The examiner's reward of any answer: what it comes to; polite +0.5; each filler -0.25;
-        -1 for all other sentences but the first advice or refusal."""
+        """The examiner's reward of any answer: what it comes to; polite +0.5; each filler -0.25; -1
+        for each other sentence but the first advice or refusal."""
         content, kinds = self.read(prompt, answer)
         reward = {"right": 2, "wrong": -1, "refusal": -1, "nothing": -2, "harm": -3}[content]
         polite, fillers = "polite" in kinds, kinds.count("filler")

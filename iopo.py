@@ -3,7 +3,7 @@
 Reads top to bottom like the paper. The equations are pure functions of (B,) tensors: one number per
 preference pair (x, y_w, y_l). log pi(y|x) is the log-probability of a whole response, *summed* over
 its tokens (EOS included), in nats. Losses return (B,): the caller takes the mean that the paper
-writes as an expectation. Eq. 2 to 4, 9 and 10 motivate the others and compute nothing.
+writes as an expectation. Eq. 2 to 4, 9 and 10 motivate these and 16 to 24 are proofs: not here.
 
 Symbols          here
 pi_mu, pi_nu     the protagonist mu and the adversary nu, two language models that train in turns
@@ -25,7 +25,7 @@ def preference_margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_reject
     """Implicit-reward margin beta * h = r(x, y_w) - r(x, y_l), shape (B,).
 
     Eq. 5 gives r(x, y) = beta * log(pi / pi_ref) + beta * log Z(x), whose Z(x) cancels. The
-    protagonist's reference is the adversary (Eq. 9) and the reverse (Algorithm 1, line 9)."""
+    protagonist's reference is the adversary (Eq. 9), the adversary's the protagonist (line 9)."""
     return beta * (chosen_logps - ref_chosen_logps) - beta * (rejected_logps - ref_rejected_logps)
 
 
@@ -45,9 +45,9 @@ def importance_ratio(agent_logps, env_logps, lengths=None):
     """r = pi_AGENT(y) / pi_ENV(y) of AGENT's rejected response y_l (Eq. 11), (B,), float32.
 
     A weight, not a term of the gradient: detached, as Eq. 15 has no gradient of r. A ratio that
-    under- or overflowed counts as 1, as the paper says. NaN stays NaN: a broken model shows. With
-    `lengths` (response tokens) it is the geometric mean per token, as in GSPO. The paper states no
-    normalisation, and its 0 and inf can only come from whole sequences.
+    under- or overflows in float32 counts as 1, as the paper says; NaN stays NaN, so that a broken
+    model shows. `lengths` (tokens of y) make it the geometric mean per token, as in GSPO. The paper
+    states no normalisation, and only a ratio of whole sequences can come to 0 or inf.
     Mended: the second form, pi_nu(y_w) / pi_nu(y_l), is the first only for mirrored players."""
     log_ratio = (agent_logps.detach() - env_logps.detach()).float()
     if lengths is not None:
@@ -85,7 +85,7 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
 
     Minimised by both players. For the adversary the caller exchanges chosen and rejected, in every
     argument. A pair whose y_l AGENT has unlearned (r near 0) fades out, until r underflows
-    (log r < -103) and Eq. 11 calls it 1 again.
+    (log r < -104) and Eq. 11 calls it 1 again.
     Mended: Eq. 14 prints pi_mu(y_w) in both numerators, which makes the gradient exactly zero; the
     second is pi_mu(y_l), as in Eq. 15. The text "maximizes" (14): it is a loss."""
     numerators = {"sequence": rejected_logps, "length_normalized": rejected_logps,
@@ -103,7 +103,7 @@ def iopo_loss(chosen_logps, rejected_logps, env_chosen_logps, env_rejected_logps
 def iopo_weight(*logps, **readings):
     """The r of `iopo_loss` for its four logps and readings (eps, clip, ratio, ...), (B,).
 
-    Where beta is 0 so is the margin, and Eq. 14 is r * log 2. clip="none" gives r before Eq. 12."""
+    With beta = 0 Eq. 14 is r * -log sigmoid(0) = r * log 2. clip="none" gives r before Eq. 12."""
     return iopo_loss(*logps, beta=0.0, **readings).detach() / math.log(2)
 
 
@@ -185,7 +185,7 @@ LOSSES = {"iopo": iopo_loss, "dpo": dpo_loss, "hinge": hinge_loss, "ipo": ipo_lo
 
 # How the adversary reads a pair: (exchange chosen and rejected?, sign of its loss). The paper calls
 # the game zero-sum, but gives both players one loss (Algorithm 1, lines 5 and 10) and lets the
-# adversary prefer y_l: "swapped". With r = 1 both push the same h up, mu by y_w and nu by y_l.
+# adversary prefer y_l: "swapped". With r = 1 both raise one h: mu makes y_w likelier, nu y_l.
 ADVERSARIES = {"swapped": (True, +1), "negated": (False, -1), "same": (False, +1)}
 
 

@@ -60,9 +60,9 @@ class Decoder(nn.Module):
         return F.linear(hidden, self.head())
 
     def hidden(self, input_ids, positions, attend, wanted=slice(None)):
-        """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices. To
-        `attend(layer, q, k, v)` go queries (B, H, T, d), keys and values (B, K, T, d), rotated; it
-        returns what the queries read."""
+        """Final hidden states (B, Q, D) of the Q `wanted` places, a slice or indices.
+        `attend(layer, q, k, v)` gets queries (B, H, T, d), keys and values (B, K, T, d), of which q
+        and k are rotated; it returns what the queries read, (B, H, T, d)."""
         cos, sin = rotary(positions, self.config)
         x = self.model.embed_tokens(input_ids)                                      # (B, T, D)
         for layer, block in enumerate(self.model.layers):
@@ -167,8 +167,8 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, turned, sin).to(x.dtype)
 
 
-CHUNK, CHUNKS = 512, 4      # tokens that meet the vocabulary at once: so many, or this part of all
-# calls a function and keeps nothing but its inputs for the backward pass, which calls it again
+CHUNK, CHUNKS = 512, 4      # logits exist for so many tokens at a time, or for this part of all
+# calls a function and keeps nothing but its inputs; the backward pass calls it again
 recomputed = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False,
                                preserve_rng_state=False)
 
@@ -239,7 +239,7 @@ def response_logps(model, batch):
 
 def target_logps(hidden, weight, targets):
     """log softmax(hidden @ weight^T) at the targets: (n, D), (V, D), (n,) -> (n,), float32. Of a
-    view autocast keeps no copy: gradients of all chunks are summed in the weight's own dtype."""
+    view autocast caches no copy, so the chunks' gradients add up in the weight's own dtype."""
     logits = F.linear(hidden, weight.view_as(weight)).float()                       # (n, V)
     return -F.cross_entropy(logits, targets, reduction="none")
 

@@ -27,7 +27,7 @@ from scale import guard, limits
 
 
 def option(default, help, **more):
-    """A field of Config. `more`: choices; least, above, below; for None the defaults world, own."""
+    """A field of Config. `more`: choices; least, above, below; world and own: what None becomes."""
     shown = "{world} in the safe world, with --data {own}" if "world" in more else str(default)
     bounds = [f"; {name} {more[name]}" for name in ("least", "above", "below") if name in more]
     help += f" (default {shown.format(**more)}{''.join(bounds)})"
@@ -36,11 +36,11 @@ def option(default, help, **more):
 
 @dataclasses.dataclass
 class Config:
-    """Every option and its default, once. A None is resolved when the run starts, and printed."""
+    """All options of a run. What is None is resolved when the run starts, and printed."""
     method: str = option("iopo", "what to train", choices=tuple(LOSSES))
     model: str | None = option(None, "the start: a folder or hub name; else a new small one")
     data: str | None = option(None, "pairs: a file, folder or hub name; else the safe world")
-    held_out: str | None = option(None, "such data for evaluation; then all of --data trains")
+    held_out: str | None = option(None, "such data, to evaluate on; --data's test split is unused")
     leave_out: str | None = option(None, "leave out rows whose `source` has one of these: a,b,c")
     out: str | None = option(None, "run folder; a new numbered one under runs/ if not given")
     seed: int = option(0, "of safe world, first weights and the order of the pairs", least=0)
@@ -54,19 +54,19 @@ class Config:
     lam: float = option(0.2, "AIPO's weight of the likelihood term", least=0)
     n_iter: int = option(6, "iterations N_iter of Algorithm 1", least=0)
     n_mu: int = option(25, "protagonist's optimiser steps per iteration, N_mu", least=0)
-    n_nu: int = option(25, "adversary's, N_nu; 0: no adversary, ENV stays the start", least=0)
+    n_nu: int = option(25, "adversary's, N_nu; 0: it never trains, ENV stays the start", least=0)
     sft_steps: int | None = option(None, "steps of SFT before that", least=0, world=400, own=0)
     sft_lr: float | None = option(None, "learning rate of SFT", above=0, world=1.5e-3, own=2e-5)
-    lr: float | None = option(None, "of both players", above=0, world=5e-5, own=2e-7)
+    lr: float | None = option(None, "learning rate of both players", above=0, world=5e-5, own=2e-7)
     batch_size: int = option(32, "pairs per optimiser step", least=1, below=10**6)
     max_length: int | None = option(None, "tokens of prompt + answer; a longer prompt loses its "
                                     "left side", least=2, world=64, own="the model's, up to 1024")
-    micro_tokens: int | None = option(1536, "per forward pass; less memory, same gradient", least=1)
+    micro_tokens: int | None = option(1536, "tokens of a forward pass; fewer: less memory", least=1)
     gradient_checkpointing: bool = option(False, "compute layers twice: less memory, more time")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one, else cpu")
-    dtype: str = option("float32", "of matrix products only", choices=("float32", "bfloat16"))
+    dtype: str = option("float32", "of matrix products", choices=("float32", "bfloat16"))
     lora_rank: int | None = option(None, "rank of both players' adapters", least=1, below=10**5)
-    backbone_dtype: str = option("float32", "of their backbone", choices=("float32", "bfloat16"))
+    backbone_dtype: str = option("float32", "of the frozen model", choices=("float32", "bfloat16"))
     offload_resting: bool = option(False, "moments of the player that rests go to CPU memory")
     look_every: int = option(0, "steps between looks at held-out pairs; 0: none", least=0)
     save_every: int = option(100, "steps between checkpoints; 0: only the last", least=0)
@@ -105,19 +105,19 @@ def train(job, look=None):
 
 def optimizer_step(agent, env, rows, config):
     """One step of AGENT on the mean loss over all `rows`, in micro-batches, with ENV frozen.
-    ENV reads AGENT's micro-batches, so that players of the same weights agree to the last bit."""
+    ENV reads AGENT's micro-batches: so equal weights give equal log-probabilities, bit for bit."""
     seen = []
     for batch in agent.micro_batches(rows):
         with torch.no_grad():                                       # ENV is frozen here
             env_logps = (None, None) if agent.loss == "sft" else env.logps(batch)   # (B,), (B,)
         logps = agent.logps(batch)                                  # (B,), (B,)
-        loss, known = LOSSES[agent.loss], {**vars(config), **vars(batch)}
+        loss, known = LOSSES[agent.loss], {**vars(config), **vars(batch)}   # beta, ..., lengths
         options = {name: known[name] for name in inspect.getfullargspec(loss).kwonlyargs}
         losses = agent.sign * loss(*logps, *env_logps, **options)   # (B,)
         agent.backward(losses.sum() / len(rows))
         seen.append((losses, *logps, *env_logps, batch.rejected_lengths))
-    seen = [None if part[0] is None else torch.cat(part).detach() for part in zip(*seen)]
-    metrics = measure(agent.loss, config, *agent.gather(seen))
+    columns = [None if part[0] is None else torch.cat(part).detach() for part in zip(*seen)]
+    metrics = measure(agent.loss, config, *agent.gather(columns))
     return {**metrics, "grad_norm": agent.update(metrics["loss"])}
 
 
@@ -149,15 +149,15 @@ class Player:
     def backward(self, loss):
         loss.backward()
 
-    def gather(self, seen):
-        """Of a step: tensors of all pairs, from those that this process has seen."""
-        return seen
+    def gather(self, columns):
+        """Tensors of all a step's pairs, from those of the pairs that this process has seen."""
+        return columns
 
     def norm(self, tensors):
         return torch.nn.utils.get_total_norm(tensors)
 
     def update(self, loss):
-        """One optimiser step; returns the gradient's norm, before it was clipped at 1."""
+        """One optimiser step, or BadStep; returns the gradient's norm before its clip at 1."""
         parameters, self.steps = [*self.model.parameters()], self.steps + 1
         norm = self.norm([parameter.grad for parameter in parameters])
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, norm)
@@ -189,7 +189,7 @@ def measure(loss, config, losses, chosen, rejected, env_chosen, env_rejected, le
 
 
 def begin(job):
-    """Both players start at the SFT model, which is saved where it is nowhere else on disk."""
+    """The turns begin: nu becomes a copy of mu, the SFT model, saved if it is nowhere on disk."""
     sft, nu = job.players["sft"], job.players["adversary"]
     nu.model.load_state_dict(sft.model.state_dict())
     sft.optimizer.state.clear()
@@ -213,14 +213,14 @@ def held_out_logps(job):
     """(2, n): the protagonist's log pi(y_w|x) and log pi(y_l|x) of the held-out pairs."""
     mu = job.players["protagonist"]
     parts = [torch.stack(mu.logps(batch)) for batch in micro_batches(                   # (2, B)
-        job.held_out, job.config.micro_tokens or 1536, mu.model.device)]
+        job.held_out, job.config.micro_tokens or Config.micro_tokens, mu.model.device)]
     return torch.cat(parts, dim=1).cpu()
 
 
 # ---- The run folder ------------------------------------------------------------------------------
 
 def find_run(given, resume):
-    """The options of the run that is in --out already; None: a new one, numbered without --out."""
+    """The options of the run in `out`, None where there is none; gives a new run a number there."""
     if resume and "out" not in given:
         raise ValueError("--resume needs --out, the run to go on with")
     names = (f"runs/{given.get('method', Config.method)}-{k}" for k in range(1, sys.maxsize))
@@ -251,15 +251,15 @@ class Job:
     players: dict                       # "sft" and "protagonist", of one model, and "adversary"
     held_out: list                      # rows that --look-every looks at
     made_of: dict                       # what decides results: options, hashes of what was read
-    origins: list                       # of the pairs that train, and of those that are SFT's alone
-    start: torch.Tensor | None = None   # what it says of held_out, see held_out_logps
-    signal = heard = 0                  # of the run, of this process: one that has come in
-    player = Player                     # what its players are
+    origins: list                       # file and line of the training pairs, of SFT's own pairs
+    start: torch.Tensor | None = None   # held_out_logps of the SFT model
+    signal = heard = 0                  # the last signal to the run, to this process; 0: none
+    player = Player                     # the class of its players
     command = "python train.py"         # what goes on with it
 
     @staticmethod
     def models(config, shape, folder):
-        """The protagonist's and the adversary's: of these weights, new ones without a folder."""
+        """The protagonist's and the adversary's, alike: of a folder, or new ones without one."""
         torch.manual_seed(config.seed)
         dtype = getattr(torch, config.backbone_dtype if config.lora_rank else "float32")
         model = Decoder.from_pretrained(folder, dtype) if folder else Decoder(shape)
@@ -270,9 +270,9 @@ class Job:
             return adapters(model, config)
         return model, copy.deepcopy(model)
 
-    def agree(self, look):
-        """What all processes of the run take for what `look` finds: it is the only one."""
-        return look()
+    def agree(self, find):
+        """What the first process finds, for all processes; here there is one."""
+        return find()
 
     def finish(self):
         """What there is to do after training, before the run is examined: nothing."""
@@ -299,11 +299,11 @@ class Job:
                 for name, player in self.players.items()}})
 
     def load(self):
-        """Go to the last checkpoint that is whole: (steps done, metrics.jsonl)."""
+        """Go to the last whole checkpoint: (its step, metrics.jsonl up to it, open to go on)."""
         state, rows = guard.read_checkpoint(self)
         if state is not None:
             self.go_to(state)
-        save_config(self.config)                                     # what may change has, perhaps
+        save_config(self.config)                                     # --lr or --device may be new
         metrics = Path(self.config.out) / "metrics.jsonl"
         replace_file(metrics, b"".join(rows))
         return len(rows), metrics.open("a", buffering=1)             # by lines
@@ -355,7 +355,8 @@ def prepare(config, kind=Job, plan=False, anyway=False):
     (rows, held_out, drafts), kept, reports = zip(*(
         encode_pairs(some, tokenizer, config.max_length) for some in (pairs, held_out, drafts)))
     drawn = f"\nwritten answers, for SFT: {reports[2]}" if drafts else ""
-    print(f"training pairs: {reports[0]}\nheld out: {reports[1]}{drawn}")
+    epoch = f"{len(rows) / config.batch_size:.1f} steps an epoch"
+    print(f"training pairs, {epoch}: {reports[0]}\nheld out: {reports[1]}{drawn}")
     if not rows or config.look_every and not held_out:
         raise ValueError("no usable pair is left to train on or to look at, as counted above")
     held_out = held_out[:LOOKED_AT] if config.look_every else []
@@ -461,7 +462,7 @@ def parse_arguments(arguments):
 def main(arguments=None, kind=Job):
     try:
         given = parse_arguments(arguments)
-        resume, plan, anyway = map(given.pop, SWITCHES)
+        resume, plan, anyway = [given.pop(name) for name in SWITCHES]
         found = find_run(given, resume)
         config = make_config(found or given, given)
         for name, own in vars(config).items():

@@ -26,8 +26,8 @@ GAMES = {"as in training": {}, "as in training, r frozen": {"frozen": True},
 def exact_game(lr, n_iter=TURNS, adversary="swapped", frozen=False, **readings):
     """Algorithm 1 with nothing sampled, in TABLES random games at once: softmax policies over 8
     prompts x 5 answers in float64, the exact expected loss over all pairs with Bradley-Terry
-    labels, plain gradient descent. `frozen`: r is computed once a turn, as Theorem 2 has it.
-    Returns turn_values."""
+    labels, plain gradient descent. Only r is float32, as in training: below e^-104 it is 1.
+    `frozen`: r is computed once a turn, as Theorem 2 has it. Returns turn_values."""
     draws = [torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(seed),
                          dtype=torch.float64) for seed in range(TABLES)]
     rewards, start = torch.stack(draws, dim=1)                                 # (tables, 8, 5) each

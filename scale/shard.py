@@ -61,8 +61,8 @@ class Player(train.Player):
     def backward(self, loss):
         super().backward(loss * dist.get_world_size())                 # FSDP takes the mean
 
-    def gather(self, seen):
-        return [part if part is None else gathered(part) for part in seen]
+    def gather(self, columns):
+        return [part if part is None else gathered(part) for part in columns]
 
     def norm(self, tensors):
         return super().norm(tensors).full_tensor()
@@ -179,9 +179,8 @@ class Job(train.Job):
                     shutil.rmtree(old)
         dist.barrier()
 
-    def agree(self, look):
-        """What the first process finds, for all."""
-        found = [look() if is_first() else None]
+    def agree(self, find):
+        found = [find() if is_first() else None]
         dist.broadcast_object_list(found)
         return found[0]
 
