@@ -122,6 +122,19 @@ def test_a_frozen_ratio_and_a_game_of_opposites(monkeypatch):
     assert game.exact_game(3.0, 2, frozen=True) == game.exact_game(3.0, 2, **default)
 
 
+def test_the_zero_sum_game_falls_only_where_r_leaves_float32(monkeypatch):
+    """Of 16 tables within 66 turns the last one; with r in float64 none, whose range is wider."""
+    monkeypatch.setattr(game, "TABLES", 16)
+
+    def rising():
+        return game.numbers(game.exact_game(30.0, 66, "negated"))["rising"]
+
+    assert rising() == [True] * 15 + [False]
+    monkeypatch.setattr(iopo, "importance_ratio",
+                        lambda agent, env, _: (agent.detach() - env).exp())
+    assert rising() == [True] * 16
+
+
 def test_the_numbers_of_the_games_by_hand(monkeypatch):
     """Two tables, four turns: one rises and passes the stated Q, one falls and does not."""
     monkeypatch.setattr(game, "STATED", 0.58)
