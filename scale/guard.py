@@ -184,7 +184,7 @@ def read_checkpoint(job):
     from here writes others, and must not come upon these."""
     folder, metrics = Path(job.config.out) / "checkpoint", Path(job.config.out) / "metrics.jsonl"
     rows, bad, later = whole_rows(metrics), [], []
-    if (folder / "state.pt").exists() or folder.exists() and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not as this version writes it; go on with the run by the "
                          "version that began it")
     for path in kept(folder)[::-1]:
