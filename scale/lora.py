@@ -22,6 +22,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 SCALE = 2                                   # alpha / R
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TENSOR = "base_model.model.{}.lora_{}.weight"          # its name in a peft folder
+OTHERS = ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "layer_replication",
+          "modules_to_save", "use_qalora")             # of peft: another function than W + 2 B A
 INSTALL = "pip install -r scale/requirements.txt"
 
 
@@ -33,9 +35,7 @@ def adapters(decoder, config):
     except ImportError:
         raise ValueError(f"--lora-rank needs peft: {INSTALL}") from None
     here = Path(config.model)
-    if (here / CONFIG).is_file():
-        raise ValueError(f"--model {config.model} is an adapter itself; make it a plain model by "
-                         f"python -m scale.lora {config.model} FOLDER")
+    refuse_adapter(here)
     base, views = str(here.resolve()) if here.exists() else config.model, []
     for name in ("protagonist", "adversary"):
         own = LoraConfig(**lora_options(config.lora_rank, PROJECTIONS))
@@ -46,6 +46,12 @@ def adapters(decoder, config):
         if decoder.device.type != "meta":              # else scale/shard.py brings them
             views[-1].load_state_dict(first_weights(views[-1], config.seed))
     return views
+
+
+def refuse_adapter(folder):
+    if (Path(folder) / CONFIG).is_file():
+        raise ValueError(f"--model {folder} is an adapter itself; make it a plain model by "
+                         f"python -m scale.lora {folder} FOLDER")
 
 
 def first_weights(view, seed):
@@ -61,6 +67,12 @@ def first_weights(view, seed):
 def lora_options(rank, modules):
     return {"r": rank, "lora_alpha": SCALE * rank, "lora_dropout": 0.0, "bias": "none",
             "target_modules": modules, "task_type": "CAUSAL_LM"}
+
+
+def patterns(ranks):
+    """Of modules whose rank is another, {name: rank}; SCALE stays."""
+    return {"rank_pattern": ranks,
+            "alpha_pattern": {name: SCALE * rank for name, rank in ranks.items()}}
 
 
 class Adapted:
@@ -124,8 +136,7 @@ class Adapted:
             if which == "A" and len(some) > 1:
                 ranks[there.rsplit(".", 1)[1]] = len(joined)
         modules = sorted({there.rsplit(".", 1)[1] for there, _ in parts})
-        own = LoraConfig(**lora_options(self.rank, modules), rank_pattern=ranks,
-                         alpha_pattern={name: SCALE * rank for name, rank in ranks.items()},
+        own = LoraConfig(**lora_options(self.rank, modules), **patterns(ranks),
                          base_model_name_or_path=self.base, inference_mode=True)
         own.save_pretrained(folder)
         self.config.to_json(Path(folder) / "config.json", torch.float32)   # the backbone's
@@ -138,13 +149,17 @@ class Adapted:
 def merged(folder):
     """The decoder W + 2 B A of a peft folder that train.py saved, float32."""
     config = read_file(Path(folder) / CONFIG)
-    rank, base = config.get("r"), config.get("base_model_name_or_path")
-    ours = type(rank) is int and isinstance(base, str)
-    expected = {"peft_type": "LORA", "use_dora": False, "use_rslora": False,
-                "fan_in_fan_out": False,
-                **lora_options(rank if ours else 0, config.get("target_modules"))}
-    if not ours or any(config.get(name) != value for name, value in expected.items()):
+    rank, base, ranks = map(config.get, ("r", "base_model_name_or_path", "rank_pattern"))
+    ours = (type(rank) is int and isinstance(base, str) and isinstance(ranks, dict)
+            and {*map(type, ranks.values())} <= {int})
+    expected = {"peft_type": "LORA", **lora_options(rank, config.get("target_modules")), **patterns(
+        ranks)} if ours else {}
+    if not ours or any(config.get(name) != value for name, value in expected.items()) or any(
+            map(config.get, OTHERS)):
         raise ValueError(f"{folder}: no adapter that train.py saved; peft can merge others")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(f"{folder}: its backbone {base} is not there; write where it is into "
+                         f"base_model_name_or_path of {CONFIG}")
     model, path = Decoder.from_pretrained(find_source(base)), Path(folder) / WEIGHTS
     weights, left = model.state_dict(), {*read_file(path)}
     for there, parts in checkpoint_names(model).items():
@@ -171,10 +186,15 @@ def main(arguments=None):
     try:
         if Path(options.out).exists():
             raise ValueError(f"{options.out} exists; take another one")
+        if not Path(options.adapter, CONFIG).is_file():
+            raise ValueError(f"{options.adapter}: has no {CONFIG}; name a player of a run, such as "
+                             "runs/mine/protagonist")
+        from scale.guard import whole_folder
         from scale.limits import Tokenizer
         tokenizer, model = Tokenizer.from_pretrained(options.adapter), merged(options.adapter)
-        model.save_pretrained(options.out)
-        tokenizer.save(options.out)
+        with whole_folder(Path(options.out)) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save(folder)
     except (ValueError, OSError) as error:
         print(f"scale.lora: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import train
 from data import PairBatch, groups
 from model import Decoder, find_device, read_weights
-from scale import guard
+from scale import guard, lora
+from scale.limits import brief
 
 
 def is_first():
@@ -101,6 +103,8 @@ class Job(train.Job):
         if config.batch_size % dist.get_world_size():
             raise ValueError(f"--batch-size {config.batch_size} must be a multiple of the "
                              f"{dist.get_world_size()} processes")
+        if folder is not None:
+            lora.refuse_adapter(folder)
         device, models = device_of(config), []
         dtype = getattr(torch, config.backbone_dtype if config.lora_rank else "float32")
         while len(models) < 2:
@@ -114,11 +118,10 @@ class Job(train.Job):
             decoder.gradient_checkpointing = config.gradient_checkpointing
             views = [decoder]
             if config.lora_rank:
-                from scale.lora import adapters, first_weights
-                views = adapters(decoder, config)
+                views = lora.adapters(decoder, config)
                 values = itertools.chain(values, (
                     (f"{name}.{view.name}.weight", value) for view in views
-                    for name, value in first_weights(view, config.seed).items()))
+                    for name, value in lora.first_weights(view, config.seed).items()))
             shard(decoder, config, device)
             fill(decoder, values, device)
             models += views
@@ -127,7 +130,12 @@ class Job(train.Job):
     def __init__(self, *fields):
         super().__init__(*fields)
         self.out, self.nowhere = Path(self.config.out), tempfile.TemporaryDirectory()
-        dist.barrier()                                 # all have seen whether there is a run
+        every = [None] * dist.get_world_size()
+        dist.all_gather_object(every, self.made_of)    # by now all know whether there is a run
+        for name in self.made_of:
+            if len({str(one[name]) for one in every}) > 1:
+                raise ValueError(f"the processes do not have the same {name}; give all machines "
+                                 "the same files and options")
         if not is_first():
             self.config.out = self.nowhere.name
             (Path(self.config.out) / "checkpoint").mkdir()
@@ -284,12 +292,15 @@ def main(arguments=None):
     if not is_first():
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+    first = is_first()
     try:
         train.main(arguments, Job)
     except SystemExit as stop:
-        SAID.mkdir(exist_ok=True)
-        if stop.code in (1, 2) and dist.is_initialized():
-            dist.barrier()                             # all refuse; the first has now said why
+        if stop.code in (1, 2) and not first:          # as the first one does, which says why; or
+            time.sleep(3)                              # for a reason of this process' own
+            died(stop.code, f"train.py: {brief(str(stop.__context__))}")
+        if stop.code:
+            SAID.mkdir(exist_ok=True)
         raise
     except RuntimeError as error:                      # gloo and nccl have nothing narrower
         if not re.search("(?i)connection|peer|timed out|nccl", str(error)):
@@ -297,12 +308,12 @@ def main(arguments=None):
         died(1)
 
 
-def died(code):
+def died(code, sentence="\ntrain.py: a process of this run has died; the same torchrun command "
+                        "with --out and --resume goes on from the last checkpoint"):
     """One process of a machine says so."""
     with contextlib.suppress(FileExistsError):
         SAID.mkdir()
-        print("\ntrain.py: a process of this run has died; the same torchrun command with --out "
-              "and --resume goes on from the last checkpoint", file=sys.__stderr__, flush=True)
+        print(sentence, file=sys.__stderr__, flush=True)
     os._exit(code)
 
 

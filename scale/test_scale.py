@@ -365,7 +365,13 @@ def step(*arguments):
         os.kill(os.getppid(), signal.SIGTERM)
     return original(*arguments)
 
+def refuses(*arguments):
+    raise ValueError("own.jsonl: is not there")
+
 train.optimizer_step = step
+if os.environ["RANK"] == "1":
+    train.WORLD_PAIRS += int(os.environ.get("READS_MORE", 0))
+    train.prepare = refuses if "REFUSES" in os.environ else train.prepare
 shard.main()
 """
 
@@ -486,13 +492,25 @@ def test_a_run_of_processes_has_one_writer(tmp_path):
     assert not any((tmp_path / "two").iterdir())
 
 
-def test_refusals_of_torchrun(monkeypatch):
+def test_refusals_of_torchrun(monkeypatch, tmp_path):
     from scale import shard
     monkeypatch.setattr(shard.dist, "get_world_size", lambda: 2)
-    for options, words in (({"method": "kto_pair"}, "kto_pair needs the whole batch"),
-                           ({"batch_size": 3}, "multiple of the 2")):
+    (tmp_path / "adapter_config.json").touch()
+    for options, folder, words in (({"method": "kto_pair"}, None, "kto_pair needs the whole"),
+                                   ({"batch_size": 3}, None, "multiple of the 2"),
+                                   ({}, tmp_path, "is an adapter itself")):
         with pytest.raises(ValueError, match=words):
-            shard.Job.models(train.Config(**options), None, None)
+            shard.Job.models(train.Config(**options), None, folder)
+
+
+@pytest.mark.parametrize("how, said", (("REFUSES", "own.jsonl: is not there"),
+                                       ("READS_MORE", "do not have the same training pairs")))
+def test_what_one_process_finds_wrong_ends_all(tmp_path, how, said):
+    make_base(tmp_path / "base")
+    code, errors = torchrun(tmp_path, 2, "--out", tmp_path / "two", "--model", tmp_path / "base",
+                            *TURNS.split(), **{how: "1"})
+    assert code != 0 and errors.count("train.py: ") == errors.count(said) == 1, errors
+    assert not (tmp_path / "two").exists()
 
 
 # ---- What a GPU does, without one ----------------------------------------------------------------
@@ -618,10 +636,14 @@ def test_damaged_and_foreign_adapters(tmp_path, capsys):
              (lambda: (mu / lora.CONFIG).write_text("{"), lora.CONFIG),
              *((lambda more=more: written(**more), "no adapter that train.py saved")
                for more in ({"use_dora": True}, {"r": None}, {"lora_alpha": 1}, {"bias": "all"},
-                            {"peft_type": "IA3"}, {"base_model_name_or_path": None}))]
+                            {"peft_type": "IA3"}, {"base_model_name_or_path": None},
+                            {"alpha_pattern": {"q_proj": 8}}, {"rank_pattern": {"q_proj": None}},
+                            {"use_qalora": True})),
+             (lambda: written(base_model_name_or_path=str(tmp_path / "moved")), "is not there")]
     for damage, words in cases:
         (mu / lora.CONFIG).write_bytes(config)
         (mu / lora.WEIGHTS).write_bytes(weights)
         damage()
         assert words in refused(lora.main, [mu, tmp_path / "merged"], capsys)
         assert not (tmp_path / "merged").exists()
+    assert "name a player" in refused(lora.main, [base, tmp_path / "merged"], capsys)
