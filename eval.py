@@ -29,6 +29,7 @@ from scale.limits import Tokenizer, brief, console, find_source, load_data, read
 EXAM_PAIRS = 400            # of the safe world
 EXAM_BETA = 0.1             # so that margins of runs trained with different beta compare
 ROWS_AT_ONCE = 32           # prompts answered in one batch
+TOKENS_AT_ONCE = 1536       # of pairs, in one pass
 LIMIT = 1e15                # of numbers in options and scores
 OUTCOMES = ("win", "tie", "lose", "bad")
 COUNTS = "{win:d}/{tie:d}/{lose:d}/{bad:d}"
@@ -45,7 +46,7 @@ TABLE = {                   # title of a column: what stands in it; README.md sa
 def pair_logps(model, rows, bar):
     """(2, n): log pi(y_w|x) and log pi(y_l|x) of every row, in one order for every model."""
     columns = []
-    for batch in micro_batches(rows, 1536, model.device):
+    for batch in micro_batches(rows, TOKENS_AT_ONCE, model.device):
         columns.append(torch.stack(response_logps(model, batch)).cpu())             # (2, B)
         bar.update(len(batch))
     return torch.cat(columns, dim=1)
@@ -414,7 +415,7 @@ def main(arguments=None):
         options = parse_arguments(arguments)
         folders = [] if options.task == "plot" else map(Path, options.runs)
         TASKS[options.task][0]([open_run(folder, options.sft) for folder in folders], options)
-    except (ValueError, OSError) as error:                         # bugs raise other things
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:           # bugs raise others
         print(f"eval.py: {brief(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -237,12 +237,6 @@ def find_run(given, resume):
     return found | {name: given[name] for name in {*guard.FREE, "lr"} & given.keys()}
 
 
-def save_config(config):
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(vars(config), indent=2) + "\n"
-    replace_file(Path(config.out) / "config.json", text.encode())
-
-
 @dataclasses.dataclass
 class Job:
     """A run: what trains, and its folder. scale/shard.py has another kind, of several processes."""
@@ -303,8 +297,10 @@ class Job:
         state, rows = guard.read_checkpoint(self)
         if state is not None:
             self.go_to(state)
-        save_config(self.config)                                     # --lr or --device may be new
-        metrics = Path(self.config.out) / "metrics.jsonl"
+        out, text = Path(self.config.out), json.dumps(vars(self.config), indent=2) + "\n"
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "config.json", text.encode())           # --lr or --device may be new
+        metrics = out / "metrics.jsonl"
         replace_file(metrics, b"".join(rows))
         return len(rows), metrics.open("a", buffering=1)             # by lines
 
@@ -421,6 +417,8 @@ def make_config(options, given=None):
         raise ValueError("a run has at most a million steps; fewer --n-iter, --n-mu, --sft-steps")
     if config.lora_rank and config.sft_steps:
         raise ValueError("--lora-rank needs --sft-steps 0: train its SFT model by --method sft")
+    if config.lora_rank and config.backbone_dtype != "float32" and config.dtype == "float32":
+        raise ValueError("--backbone-dtype bfloat16 needs --dtype bfloat16: it multiplies so")
     read = {method: {*inspect.getfullargspec(loss).kwonlyargs, "micro_tokens"}
             for method, loss in LOSSES.items()}
     read["iopo"] |= {"n_nu", "adversary"}
@@ -484,7 +482,7 @@ def main(arguments=None, kind=Job):
         eval.main(["--device", config.device, "--", config.out])    # the closing table
     except KeyboardInterrupt:                                       # not while it trains
         raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError) as error:      # a sentence for the user
+    except (ValueError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:  # to be told
         print(f"train.py: {limits.brief(str(error))}", file=sys.stderr)
         raise SystemExit(1 if isinstance(error, FloatingPointError) else 2) from None
 

@@ -28,12 +28,12 @@ from model import Decoder
 from scale.plan import SHAPES
 
 LORA = "--lora-rank 16"
+HALVED = f"{LORA} --dtype bfloat16 --backbone-dtype bfloat16"
 WAYS = {"full": "", "full DPO": "--method dpo", "checkpointing": "--gradient-checkpointing",
         "resting moments offloaded": "--offload-resting",
         "LoRA": LORA, "LoRA DPO": f"{LORA} --method dpo",
-        "LoRA, bfloat16 backbone": f"{LORA} --backbone-dtype bfloat16",
-        "LoRA, bfloat16 backbone, checkpointing":
-            f"{LORA} --backbone-dtype bfloat16 --gradient-checkpointing",
+        "LoRA, bfloat16 backbone": HALVED,
+        "LoRA, bfloat16 backbone, checkpointing": f"{HALVED} --gradient-checkpointing",
         "two processes": "", "two processes, LoRA": LORA}
 
 # of glibc: freed tensors go back to the system at once, so that a peak is what tensors take
@@ -82,9 +82,11 @@ def worker(arguments):
     from scale import plan
     bills, seconds, bill, step = [], [], plan.bill, train.optimizer_step
 
-    def billed(*inputs):
-        bills.append(bill(*inputs))
-        return bills[-1]
+    def billed(shape, config, rows, processes, device):
+        found = bill(shape, config, rows, processes, device)
+        all_at_once = sum(found.values()), plan.table(shape, config, rows, device)
+        bills.append(max(all_at_once) - (found["process"] if device == "cuda" else 0))
+        return found
 
     def timed(*inputs):
         begin = time.perf_counter()
@@ -101,10 +103,8 @@ def worker(arguments):
             train.main(arguments)
     finally:
         if seconds:                                    # else it was refused
-            peak, rest = torch.cuda.max_memory_reserved(), bills[0]["process"]
-            if peak == 0:                              # no GPU, or none used
-                peak, rest = resident_peak(), 0
-            seen = {"peak": peak, "bill": sum(bills[0].values()) - rest, "seconds": seconds[1:]}
+            peak = torch.cuda.max_memory_reserved() or resident_peak()     # without a GPU 0
+            seen = {"peak": peak, "bill": bills[0], "seconds": seconds[1:]}
             print("MEASURED", json.dumps(seen), file=sys.__stdout__, flush=True)
 
 

@@ -14,8 +14,7 @@ from torch.distributed.tensor import DTensor
 def take_turns(players):
     """From now on at most one of the players' optimisers has its moments on the device."""
     optimizers = [player.optimizer for player in players.values()]
-    if players["protagonist"].model.device.type == "cpu":
-        raise ValueError("--offload-resting needs a GPU: here all is in CPU memory already")
+    refuse_cpu(players["protagonist"].model.device)
 
     def before_step(optimizer, *_):
         for other in optimizers:
@@ -28,6 +27,11 @@ def take_turns(players):
     for optimizer in optimizers:
         optimizer.register_step_pre_hook(before_step)
         optimizer.register_load_state_dict_post_hook(rest)
+
+
+def refuse_cpu(device):
+    if device.type == "cpu":
+        raise ValueError("--offload-resting needs a GPU: here all is in CPU memory already")
 
 
 def rest(optimizer):

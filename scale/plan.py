@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import eval
 from data import batches, groups
 from model import CHUNK, CHUNKS, Decoder, DecoderConfig, find_device
+from scale.offload import refuse_cpu
 
 GB = 1e9
 ADAPTERS = {"lora_rank": 16, "dtype": "bfloat16", "backbone_dtype": "bfloat16"}
@@ -96,13 +98,12 @@ def passing(size, config, rows, device):
     D, inner, depth = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
     queries, keys = (heads * shape.head_dim for heads in
                      (shape.num_attention_heads, shape.num_key_value_heads))
-    halves = autocast or lora and config.backbone_dtype == "bfloat16"
-    product, entry = 2 if halves else 4, 2 if autocast else 4          # bytes of a number
+    product = 2 if autocast else 4                     # bytes of a number
     norms = 2 if lora or device == "cuda" else 4       # the input; and its norm where not fused
-    copies = 5 if halves else 2                        # q, k, v, gate, up: each casts its own
-    kept = (4 * norms * D + entry * (copies * D + queries + inner)
+    copies = 5 if autocast else 2                      # q, k, v, gate, up: each casts its own
+    kept = (4 * norms * D + product * (copies * D + queries + inner)
             + product * (2 * queries + 2 * keys + 3 * inner)
-            + entry * 7 * (config.lora_rank or 0))     # of a token, in a layer
+            + product * 7 * (config.lora_rank or 0))   # of a token, in a layer
     layers = depth * kept if not config.gradient_checkpointing else depth * 4 * D + kept
     answers = answer_tokens(rows)
     chunk = min(answers, max(CHUNK, -(-answers // CHUNKS)))
@@ -112,6 +113,17 @@ def passing(size, config, rows, device):
     head += 2 * (autocast and weight == 4)             # its copy
     head += 0 if lora else 4 + 2 * autocast            # a chunk's gradient of it, and its copy
     return tokens(rows) * (layers + product * 3 * inner), chunk * logits + head * size.head
+
+
+def table(shape, config, rows, device="cpu"):
+    """Bytes of the closing table after training: a whole float32 model, which reads some pairs,
+    and then what it keeps of a batch of prompts and their answers."""
+    size, of_token = Sizes(shape, config), 4 * shape.num_key_value_heads * shape.head_dim
+    prompts = min(eval.ROWS_AT_ONCE, config.eval_prompts) * max(len(prompt) for prompt, *_ in rows)
+    answers = min(eval.ROWS_AT_ONCE, config.eval_prompts) * eval.DEFAULTS["max_new_tokens"]
+    cache = 2 * of_token * shape.num_hidden_layers * (prompts + answers)
+    inner = 4 * 3 * shape.intermediate_size * max(prompts, eval.TOKENS_AT_ONCE)
+    return 4 * size.whole + cache + inner + PROCESS.get(device, PROCESS["cpu"])
 
 
 def tokens(rows):
@@ -165,6 +177,8 @@ def matrix_rate(shape, dtype, device):
 def review(config, shape, rows, plan, anyway):
     """Refuse a run that cannot fit; with `plan` print what this and other ways take, and end."""
     device = find_device(config.device)
+    if config.offload_resting:
+        refuse_cpu(device)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     step = largest_step(config, rows)
     room = least(memory(device))
@@ -215,10 +229,12 @@ def print_bills(config, shape, rows, step, processes, device, room):
         took = seconds(Sizes(shape, other), other, rows, rates[other.dtype]) / alone
         lines.append((name, found, {"fits": fits, "s/step": f"{took:.2g}"}))
     print_table(lines)
+    print("(gradient: what of it is there when a process has most, in a step's first pass nothing)")
     trained = Sizes(shape, config).trained
     each = (16 + 8 * (config.n_nu > 0)) * trained
     print(f"on disk, as asked: checkpoints of {each / GB:.2f} GB, two and one more for a moment; "
           f"each player {4 * trained / GB:.2f} GB")
+    print_table_size(shape, config, rows, device.type)
 
 
 def ways(config, processes, kind):
@@ -226,12 +242,21 @@ def ways(config, processes, kind):
     seen = []
     for name, options, count in (("as asked", {}, processes), *WAYS):
         other = dataclasses.replace(config, **options)
-        refused = count > 1 and (config.method == "kto_pair" or config.batch_size % count > 0) or \
+        if processes > 1 and count not in (1, processes):              # their cores are not known
+            continue
+        count = processes if processes > 1 else count
+        refused = config.method == "kto_pair" and (count > 1 or "method" in options) or \
+            config.batch_size % count > 0 or \
             options.get("offload_resting") and (kind == "cpu" or config.n_nu == 0) or \
             "lora_rank" in options and (config.model is None or config.sft_steps > 0)
         if (other, count) not in seen and not refused:
             seen.append((other, count))
             yield name, other, count
+
+
+def print_table_size(shape, config, rows, kind):
+    print("the closing table, in one process, when all is trained and saved: "
+          f"{table(shape, config, rows, kind) / GB:.2f} GB")
 
 
 def print_table(lines):
@@ -268,6 +293,7 @@ def main():
         cards = [card for card in CARDS if sum(found.values()) <= 0.9 * card * GB]
         lines.append((way, found, {"fits into": f"{cards[0]} GB" if cards else "none"}))
     print_table(lines)
+    print_table_size(SHAPES[name], config, rows, "cuda")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+import eval as examination
+import model as decoder
 import train
 from data import PairBatch
 from model import Decoder, DecoderConfig, response_logps
@@ -43,7 +45,7 @@ def kept(model, view, dtype):
 
 @pytest.mark.parametrize("options", (
     {}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}, {"lora_rank": 4},
-    {"lora_rank": 4, "dtype": "bfloat16"}, {"lora_rank": 4, "backbone_dtype": "bfloat16"},
+    {"lora_rank": 4, "dtype": "bfloat16"},
     {"lora_rank": 4, "backbone_dtype": "bfloat16", "dtype": "bfloat16"}))
 def test_activations_are_what_autograd_keeps(options):
     """Of two more layers, so that neither the last layer nor the vocabulary matters."""
@@ -80,6 +82,24 @@ def test_weights_moments_and_gradient_are_what_a_job_holds(tmp_path, options):
     assert passes["gradient"] == trained
 
 
+def test_what_the_closing_table_keeps(monkeypatch):
+    """A whole model, and keys and values of three prompts of 30 tokens and their answers."""
+    small, config = shape(3), train.Config(model="x", lora_rank=4, eval_prompts=3)
+    seen, model, spied = {}, Decoder(small), decoder.attention
+
+    def spy(q, k, v, mask):
+        seen[len(seen)] = k.nbytes + v.nbytes
+        return spied(q, k, v, mask)
+
+    monkeypatch.setattr(decoder, "attention", spy)
+    decoder.generate(model, [list(range(30))] * 3, 48, 0, eos_id=[])
+    kept, weights = sum([*seen.values()][-3:]), sum(p.nbytes for p in model.parameters())
+    none = dataclasses.replace(config, eval_prompts=0)
+    assert plan.table(small, config, ROWS) - plan.table(small, none, ROWS) == \
+        pytest.approx(kept, rel=0.02)
+    assert weights < plan.table(small, none, ROWS) - plan.PROCESS["cpu"] < 1.1 * weights + 4e6
+
+
 def test_plan_prints_the_bill_and_writes_nothing(tmp_path, capsys):
     make_base(tmp_path / "base")
     with pytest.raises(SystemExit) as stop:
@@ -89,6 +109,21 @@ def test_plan_prints_the_bill_and_writes_nothing(tmp_path, capsys):
     assert any(line.startswith("as asked") and " yes " in line for line in lines)
     assert any(line.startswith("--lora-rank 16") for line in lines)
     assert not any(line.startswith("--offload-resting") for line in lines)      # not on a CPU
+    assert lines[-1].startswith("the closing table, in one process")
+
+
+def test_a_plan_offers_what_would_run():
+    """Of torchrun's processes as many as there are, and nothing that is refused."""
+    def names(processes=1, kind="cuda", **options):
+        config = train.Config(model="x", sft_steps=0, **options)
+        return {name: (other, count) for name, other, count in plan.ways(config, processes, kind)}
+
+    assert {count for _, count in names(processes=2).values()} == {2}
+    assert "torchrun, 8 processes" in names() and "torchrun, 8 processes" not in names(2)
+    assert "torchrun, 8 processes" not in names(batch_size=12)
+    assert all(other.method == "kto_pair" and count == 1
+               for other, count in names(method="kto_pair").values())
+    assert "--offload-resting" in names() and "--offload-resting" not in names(kind="cpu")
 
 
 def test_what_cannot_fit_is_refused_unless_anyway(tmp_path, capsys, monkeypatch):
@@ -105,6 +140,24 @@ def test_what_cannot_fit_is_refused_unless_anyway(tmp_path, capsys, monkeypatch)
     run(*given[:3], tmp_path / "other", *given[4:])
 
 
+def test_memory_that_is_short_is_a_sentence(tmp_path, capsys, monkeypatch):
+    """In the training, and in the closing table, when both players are saved."""
+    make_base(tmp_path / "base")
+    given = ["--model", tmp_path / "base", "--n-iter", 1, "--n-mu", 1, "--n-nu", 1, "--out"]
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for program, place, name in (("train.py", train, "optimizer_step"),
+                                 ("eval.py", examination, "pair_logps")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(place, name, full)
+            run(*given, tmp_path / program)
+        assert stop.value.code == 2
+        assert f"{program}: CUDA out of memory." in capsys.readouterr().err
+        assert (tmp_path / program / "adversary").exists() == (program == "eval.py")
+
+
 def test_memory_is_less_than_the_machine_has():
     if (free := plan.memory(torch.device("cpu"))) is not None:
         assert 1e8 < free < 1e14
@@ -113,8 +166,9 @@ def test_memory_is_less_than_the_machine_has():
 def test_offloading_is_refused_where_there_is_nowhere_to_go(tmp_path, capsys):
     make_base(tmp_path / "base")
     given = ["--model", tmp_path / "base", "--out", tmp_path / "out", "--device", "cpu"]
-    assert "--offload-resting needs a GPU" in refused(
-        train.main, [*given, "--offload-resting"], capsys)
+    for more in ([], ["--plan"]):
+        assert "--offload-resting needs a GPU" in refused(
+            train.main, [*given, "--offload-resting", *more], capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -221,7 +221,8 @@ def test_a_backbone_in_bfloat16(tmp_path):
     pytest.importorskip("peft")
     make_base(tmp_path / "base")
     config = train.make_config({"model": str(tmp_path / "base"), "lora_rank": 2,
-                                "backbone_dtype": "bfloat16", "out": "nowhere"})
+                                "dtype": "bfloat16", "backbone_dtype": "bfloat16",
+                                "out": "nowhere"})
     job = train.prepare(config)
     for player in (job.players["protagonist"], job.players["adversary"]):
         assert {parameter.dtype for parameter in player.model.parameters()} == {torch.float32}
@@ -599,7 +600,9 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     for arguments, words in ((["--lora-rank", 2], "--lora-rank needs --model"),
                              (["--lora-rank", 0, "--model", base], "--lora-rank cannot be 0"),
                              (["--lora-rank", 2, "--model", base, "--sft-steps", 5],
-                              "--sft-steps 0")):
+                              "--sft-steps 0"),
+                             (["--lora-rank", 2, "--model", base, "--backbone-dtype", "bfloat16"],
+                              "needs --dtype bfloat16")):
         assert words in refused(train.main, ["--out", out, *arguments], capsys)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "peft", None)
