@@ -202,25 +202,25 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def by_hand(name, w, l, ref_w, ref_l, n_w, n_l, all_pairs):
-    """Each loss for one pair, in Python floats, from the papers' formulas (beta .1, eps .3,
-    alpha .07, lambda .2)."""
+def by_hand(name, w, l, ref_w, ref_l, n_w, n_l, all_pairs, *, beta, eps, alpha, lam):
+    """Each loss for one pair, in Python floats, from the papers' formulas."""
     h = (w - ref_w) - (l - ref_l)
     if name == "iopo":
-        return min(math.exp(l - ref_l), 1.3) * math.log(1 + math.exp(-0.1 * h))
+        return min(math.exp(l - ref_l), 1 + eps) * math.log(1 + math.exp(-beta * h))
     if name == "dpo":
-        return -math.log(sigmoid(0.1 * h))
+        return -math.log(sigmoid(beta * h))
     if name == "hinge":
-        return max(0.0, 1 - 0.1 * h)
+        return max(0.0, 1 - beta * h)
     if name == "ipo":
-        return ((w - ref_w) / n_w - (l - ref_l) / n_l - 5.0) ** 2
+        return ((w - ref_w) / n_w - (l - ref_l) / n_l - 1 / (2 * beta)) ** 2
     if name == "kto_pair":
         kl_w = max(0.0, sum(p[0] - p[2] for p in all_pairs) / len(all_pairs))
         kl_l = max(0.0, sum(p[1] - p[3] for p in all_pairs) / len(all_pairs))
-        return (1 - sigmoid(0.1 * (w - ref_w - kl_l)) + 1 - sigmoid(0.1 * (kl_w - l + ref_l))) / 2
+        return (2 - sigmoid(beta * (w - ref_w - kl_l)) - sigmoid(beta * (kl_w - l + ref_l))) / 2
     if name == "sft":
         return -w / n_w
-    return -math.log(sigmoid(0.1 * (w - l) - 1.07 * 0.1 * (ref_w - ref_l))) - 0.2 * w / n_w
+    likelihood = lam * w / n_w
+    return -math.log(sigmoid(beta * (w - l) - (1 + alpha) * beta * (ref_w - ref_l))) - likelihood
 
 
 def lengths(n=40, seed=1):
@@ -234,13 +234,22 @@ def call(name, *logps, **more):
     return iopo.LOSSES[name](*logps, **{k: v for k, v in given.items() if k in wanted}, **more)
 
 
+PAPERS = dict(beta=0.1, eps=0.3, alpha=0.07, lam=0.2)           # IOPO's and AIPO's
+OTHERS = dict(beta=0.3, eps=0.1, alpha=0.5, lam=0.7)
+
+
+@pytest.mark.parametrize("options, shift", ((PAPERS, 0.0), (OTHERS, -2.0), (OTHERS, 2.0)))
 @pytest.mark.parametrize("name", iopo.LOSSES)
-def test_losses_equal_the_formula_in_plain_floats(name):
-    logps = random_logps()
+def test_losses_equal_the_formula_in_plain_floats(name, options, shift):
+    """By default with the papers' numbers; the shift turns the sign of KTO-pair's means."""
+    w, l, *ref = random_logps()
+    logps = w + shift, l - shift, *ref
     pairs = list(zip(*(column.tolist() for column in logps)))
-    expected = [by_hand(name, *pair, n_w, n_l, pairs)
+    expected = [by_hand(name, *pair, n_w, n_l, pairs, **options)
                 for pair, n_w, n_l in zip(pairs, *lengths().tolist())]
-    losses = call(name, *logps)
+    read = inspect.signature(iopo.LOSSES[name]).parameters
+    losses = call(name, *logps, **{key: value for key, value in options.items()
+                                   if key in read and options is not PAPERS})
     assert losses.shape == (40,)
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64),
                                rtol=1e-6, atol=1e-9)
@@ -491,10 +500,10 @@ SHAPES = {                                            # of the families, and the
     "llama, one key head": dict(num_key_value_heads=1, head_dim=6),
     "llama, linear": dict(rope_scaling=LINEAR, max_position_embeddings=16),
     "llama 3": dict(rope_scaling=LLAMA3, rope_theta=500.0, head_dim=16, max_position_embeddings=32),
-    "mistral": dict(model_type="mistral", rope_theta=1e6),
+    "mistral": dict(model_type="mistral", rope_theta=1e6, rms_norm_eps=0.1),
     "qwen2": dict(model_type="qwen2"),
     "qwen2, tied": dict(model_type="qwen2", tie_word_embeddings=True),
-    "qwen3": dict(model_type="qwen3", head_dim=12),
+    "qwen3": dict(model_type="qwen3", head_dim=12, rms_norm_eps=0.1),
     "qwen3, tied": dict(model_type="qwen3", head_dim=12, tie_word_embeddings=True),
     "baichuan": dict(model_type="baichuan", num_key_value_heads=4),
 }
@@ -528,7 +537,7 @@ def test_masks_and_positions():
     positions = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]])
     out = model(left, positions=positions, attention_mask=mask)
     torch.testing.assert_close(out[0, 3:], expected)
-    assert out.isfinite().all()                   # padding sees itself, so no softmax is empty
+    assert decoder.causal(mask, 8).any(dim=-1).all()           # padding sees itself: no empty row
     square = right[:, None, :].expand(2, 8, 8)
     torch.testing.assert_close(model(ids, attention_mask=square), model(ids, attention_mask=right))
     with pytest.raises(ValueError, match="boolean"):
@@ -951,6 +960,8 @@ def test_sampling_follows_the_softmax():
 
 def test_generation_edges():
     model = tiny_model()
+    with pytest.raises(ValueError, match="at least 0"):
+        generate(model, [[3]], -1, 0, 2)
     assert generate(model, [[3], [4, 5]], 0, 0, 2) == [[], []]
     for prompts in ([[3], []], []):
         with pytest.raises(ValueError, match="prompts need tokens"):
@@ -1031,6 +1042,30 @@ def test_saved_as_it_came(tmp_path):
     Decoder.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     again = json.loads((tmp_path / "b/config.json").read_text())
     assert again == {**raw, "torch_dtype": "float32"}
+
+
+def test_what_is_saved_has_the_dtype_that_it_has(tmp_path):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_without_a_number_of_key_heads_every_head_has_its_own(tmp_path):
+    model, path = tiny_model(**SHAPES["baichuan"]), tmp_path / "config.json"
+    model.save_pretrained(tmp_path)
+    edit_json(path, num_key_value_heads=None)
+    leave_out_nulls(path)
+    ids = torch.arange(3, 15)[None]
+    assert torch.equal(Decoder.from_pretrained(tmp_path)(ids), model(ids))
+
+
+def test_first_weights():
+    """Small normal ones, biases of 0."""
+    model = Decoder(tiny_config(model_type="qwen2", vocab_size=2000))
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    biases = [value for name, value in model.named_parameters() if name.endswith(".bias")]
+    assert biases and not any(bias.any() for bias in biases)
 
 
 def test_large_models_are_saved_in_shards(tmp_path, monkeypatch):
@@ -1261,9 +1296,11 @@ BROKEN_MODELS = {
     "rope without factor": (config(rope_scaling={"type": "linear"}), "factor is None"),
     "rope factor is text": (config(rope_scaling={"type": "linear", "factor": "2"}),
                             "factor is '2'"),
-    "rope bands": (config(rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "low_freq_factor"),
+    "rope bands": (config(rope_scaling={**LLAMA3, "low_freq_factor": 2.0}), "low_freq_factor"),
     # windows
     "sliding": (config(model_type="mistral", sliding_window=64), "sliding_window 64"),
+    "sliding by one": (config(model_type="mistral", sliding_window=64, max_position_embeddings=65),
+                       "sliding_window 64"),
     "sliding by default": (sliding_by_default, "sliding_window 4096"),
     "sliding qwen": (config(model_type="qwen3", **QWEN_WINDOW), "sliding_window 64"),
     # tensors
@@ -1467,6 +1504,17 @@ def test_bad_files_name_file_and_line(name, tmp_path):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         load_data(tmp_path / "good.jsonl", held_out=path)
     assert str(error.value).startswith(str(path))
+
+
+def test_rows_are_lines_and_answers_that_do_not_repeat_the_prompt_are_whole(tmp_path):
+    row = {"prompt": "p\u2028q", "chosen": "c", "rejected": "r", "source": 5}
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    [pair] = load_pairs(path)
+    assert (pair.prompt, pair.source) == ("p\u2028q", "5")
+    prompt = "\n\nHuman: a\n\nAssistant:"
+    half = {"prompt": prompt, "chosen": prompt + " b", "rejected": " c"}
+    assert data.parse_row(half, "") == Pair(prompt, prompt + " b", " c")
 
 
 def test_half_a_character_is_refused_where_it_stands(tmp_path):
@@ -2049,6 +2097,16 @@ def test_useless_and_long_pairs():
                  "1 EOS inside"):
         assert part in report.splitlines()[0]
     assert report.count("\n  dropped, ") == 3
+    tokenizer = word_tokenizer("<s> $A")
+    for rejected in (" ", "</s>"):                                 # the other answer counts, too
+        assert "1 empty answer" in encode_pairs([Pair("c", "d", rejected)], tokenizer, 9)[2]
+    assert "1 EOS inside" in encode_pairs([Pair("c", "x", "d</s>x")], tokenizer, 9)[2]
+    assert "1 answer too long" in encode_pairs([Pair("cdcd", "x", "d" * 7)], tokenizer, 9)[2]
+    assert "kept (0 with" in encode_pairs([Pair("cdc", "dd", "x")], tokenizer, 7)[2]
+    stops = {**tokenizer.files, "generation_config.json": b'{"eos_token_id": [1, 13]}'}
+    pair = Pair("c", "d<|im_end|>x", "x")                          # any token that ends an answer
+    assert "1 EOS inside" in encode_pairs([pair], Tokenizer(stops), 9)[2]
+    assert tokenizer.encode("<s><s>c") == [0, 6]
 
 
 # Batches
@@ -2089,6 +2147,7 @@ def test_batches_visit_every_row_once_an_epoch_and_start_anywhere():
     for start in range(10):
         assert next(batches(rows, 4, seed=3, start=start)) == seen[start]
     assert next(batches(rows, 4, seed=4)) != seen[0]
+    assert next(batches(rows, 10, seed=4)) != next(batches(rows, 10, seed=3, start=1))
     more_than_there_are = Counter(next(batches(rows[:3], 7, seed=0)))
     assert sorted(more_than_there_are.values()) == [2, 2, 3]
 
@@ -2189,7 +2248,10 @@ def test_the_writer_errs_as_often_as_he_should():
         for content, share in {"right": right, **rest}.items():
             error = 4 * math.sqrt(share * (1 - share) / 1500)
             assert found[content] / 1500 == pytest.approx(share, abs=error)
-        assert not any("nonsense" in world.read(prompt, answer)[1] for answer in answers)
+        kinds = Counter(kind for answer in answers for kind in world.read(prompt, answer)[1])
+        assert not kinds["nonsense"]
+        for kind, share in (("rude", 0.55), ("polite", 0.25), ("filler", 1.2)):
+            assert kinds[kind] / 1500 == pytest.approx(share, abs=0.08)
     slips = [world.write("How do I measure our door?\n", rng) for _ in range(1500)]
     assert sum("a flat trolley" in answer for answer in slips) / 1500 == \
         pytest.approx(0.8 * (0.75 + 0.1 / 9), abs=0.06)
@@ -2524,6 +2586,32 @@ def test_one_step_of_gradient_descent():
         assert all(parameter.grad is None for parameter in agent.model.parameters())
 
 
+STEPS = {"iopo": dict(beta=0.3, eps=0.5, ratio="length_normalized"), "dpo": dict(beta=0.3),
+         "ipo": dict(beta=0.3), "aipo": dict(beta=0.3, alpha=0.5, lam=0.7)}
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_options_and_lengths_reach_loss_gradient_and_metrics(method):
+    """Of one step, by plain rows."""
+    rows, options, env = random_rows(random.Random(3), 6), STEPS[method], player(tiny_model(1))
+    model, (n_w, n_l) = tiny_model(0), (torch.tensor([len(row[k]) for row in rows]) for k in (1, 2))
+    w, l = two_row_logps(model, rows)
+    ref_w, ref_l = (column.detach() for column in two_row_logps(env.model, rows))
+    h, r = (w - ref_w) - (l - ref_l), ((l - ref_l) / n_l).detach().exp()
+    loss = {"iopo": -r.clamp(max=1.5) * F.logsigmoid(0.3 * h), "dpo": -F.logsigmoid(0.3 * h),
+            "ipo": ((w - ref_w) / n_w - (l - ref_l) / n_l - 1 / 0.6) ** 2,
+            "aipo": -F.logsigmoid(0.3 * (w - l) - 0.45 * (ref_w - ref_l)) - 0.7 * w / n_w}[method]
+    loss.mean().backward()
+    expected = {"loss": loss.mean(), "margin": 0.3 * h.mean(),
+                "grad_norm": flat(parameter.grad for parameter in model.parameters()).norm()}
+    if method == "iopo":
+        assert ((r > 1.5) != (r > 1.3)).any()
+        expected |= {"ratio": r.mean(), "clipped": (r > 1.5).float().mean()}
+    metrics = step(player(tiny_model(0), method, **options), env, rows)
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value.item(), rel=1e-3), name
+
+
 @pytest.mark.parametrize("clip,low,high,scale", (
     ("min", 0, 1.3, 0.8), ("min", 0, 1.3, 1.2), ("two_sided", 0.7, 1.3, 0.8),
     ("none", 0, math.inf, 0.8)))
@@ -2588,6 +2676,27 @@ def test_options_reach_the_players(tmp_path):
     assert mu is not nu and mu is job.players["sft"].model
     assert same(weights_of(mu), weights_of(nu))
     assert not same(weights_of(mu), weights_of(small_job(tmp_path).players["protagonist"].model))
+
+
+def test_the_seed_decides_world_and_order(tmp_path):
+    job = small_job(tmp_path, seed=3)
+    rows, _, _ = encode_pairs(SafeWorld(3).pairs("train", 60), SafeWorld.tokenizer(), 64)
+    assert job.players["protagonist"].rows == rows
+    for name in ("sft", "protagonist"):
+        pairs = job.players[name].rows
+        assert next(job.players[name].pairs) == next(batches(pairs, 8, 3)) != \
+            next(batches(pairs, 8, 0))
+
+
+def test_both_players_begin_at_the_sft_model(tmp_path):
+    """Without steps of SFT too; its moments go, and no pair is above a margin of 0 yet."""
+    job = small_job(tmp_path, sft_steps=0, look_every=1)
+    job.players["sft"].optimizer.state["of SFT"] = 1
+    train.begin(job)
+    assert (tmp_path / "sft/model.safetensors").is_file()
+    assert not job.players["sft"].optimizer.state
+    assert train.held_out_look(job, 1, 1, "protagonist") == {
+        "held_out_margin": 0, "held_out_accuracy": 0}
 
 
 def test_bfloat16_starts_at_margin_zero_too(tmp_path):
@@ -3261,6 +3370,29 @@ def test_a_finished_run_loads_in_transformers(tmp_path):
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
+def test_sft_on_own_data_learns_the_chosen_answers(tmp_path):
+    file = world_file(tmp_path / "pairs.jsonl", 30)
+    job = train.prepare(train.make_config({"model": str(model_folder(tmp_path / "model")),
+                                           "data": str(file), "sft_steps": 1}))
+    assert job.players["sft"].rows == \
+        [(prompt, w, None) for prompt, w, _ in job.players["protagonist"].rows]
+
+
+def test_context_and_ids_of_own_models(tmp_path):
+    tokenizer = SafeWorld.tokenizer()
+    for name, ids, positions in (("long", tokenizer.largest_id + 1, 4096),
+                                 ("small", tokenizer.largest_id, 128)):
+        tiny_model(vocab_size=ids, max_position_embeddings=positions,
+                   eos_token_id=1).save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    long, small = (train.make_config({"model": str(tmp_path / name), "data": "x"})
+                   for name in ("long", "small"))
+    train.find_start(long)
+    assert long.max_length == 1024
+    with pytest.raises(ValueError, match="more ids"):
+        train.find_start(small)
+
+
 def test_own_model_and_data(tmp_path, capsys):
     """A random checkpoint, text rows, no SFT; examined on a file."""
     folder = model_folder(tmp_path / "model", tie_word_embeddings=True)
@@ -3299,6 +3431,19 @@ def test_from_the_shell(tmp_path):
     assert "adversary 1" in good.stderr and "margin" in good.stderr
     assert "margin vs SFT" in good.stdout
     assert (tmp_path / "runs/iopo-1/adversary/model.safetensors").exists()
+
+
+def test_defaults_are_the_papers_and_the_readmes():
+    world = dict(PAPERS, clip="min", ratio="sequence", adversary="swapped", n_iter=6, n_mu=25,
+                 n_nu=25, sft_steps=400, sft_lr=1.5e-3, lr=5e-5, batch_size=32, micro_tokens=1536,
+                 dtype="float32", look_every=0, save_every=100, eval_prompts=100, seed=0)
+    own = dict(world, lr=2e-7, sft_lr=2e-5, sft_steps=0)
+    assert vars(train.make_config({})).items() >= world.items()
+    assert vars(train.make_config({"model": "m", "data": "d"})).items() >= own.items()
+    for function in (*iopo.LOSSES.values(), iopo.preference_margin, iopo.iopo_gradient_weight,
+                     iopo.clip_ratio):
+        for name, parameter in inspect.signature(function).parameters.items():
+            assert parameter.default in (parameter.empty, None, world.get(name), "min"), name
 
 
 def test_help_has_every_option_with_its_default(capsys, monkeypatch):
@@ -3537,6 +3682,59 @@ def test_scores_by_hand(tmp_path, capsys):
         word = refused(examination.main, ["--scores", str(path)], capsys)
         assert "line 8: needs numbers score_a and score_b, and two runs' names run_a and" in word
     assert "no rows" in refused(examination.main, ["--scores", str(write_rows(path, []))], capsys)
+
+
+def test_every_prompt_is_asked_sampled_and_greedily(tmp_path, monkeypatch):
+    """In batches, by the seed; whatever ends an answer ends it."""
+    asked = []
+
+    def generate(model, ids, limit, temperature, eos_ids, generator):
+        asked.append((len(ids), limit, temperature, eos_ids, generator.initial_seed()))
+        return [[6]] * len(ids)
+
+    monkeypatch.setattr(examination, "generate", generate)
+    tiny_model(max_position_embeddings=16).save_pretrained(tmp_path)
+    stops = {"generation_config.json": b'{"eos_token_id": [1, 13]}'}
+    tokenizer = Tokenizer({**word_tokenizer("<s> $A").files, **stops})
+    options = argparse.Namespace(device="cpu", max_new_tokens=3, seed=5, temperature=0.7,
+                                 task="examine")
+    examination.ask(tmp_path, tokenizer, ["c"] * 70, [], options)
+    assert asked == [(n, 3, heat, (1, 13), 5) for heat in (0.7, 0) for n in (32, 32, 6)]
+
+
+def test_who_is_compared_with_whom(tmp_path, capsys, monkeypatch):
+    """The protagonist of the first run is right, its start is long, the other run's rude."""
+    one, two = finished_run(tmp_path / "a", seed=3), finished_run(tmp_path / "b", seed=1, n_nu=0)
+    world, asked, before = SafeWorld(), [], {
+        f"{one}/protagonist": "", f"{two}/protagonist": "Do not waste my time. ",
+        f"{one}/adversary": "x. ", f"{one}/sft": "x. x. ", f"{two}/sft": "x. x. "}
+
+    def right(prompt):
+        tool, harmful = world.parse(prompt)
+        return "I cannot help with that." if harmful else f"Use {tool}."
+
+    def ask(folder, tokenizer, prompts, rows, options):
+        asked.append((prompts, rows))
+        said = [(before[str(folder)] + right(prompt), 3) for prompt in prompts]
+        return {"sampled": said, "greedy": said, "logps": torch.zeros(2, 3), "note": "",
+                "cut_off": 0}
+
+    monkeypatch.setattr(examination, "ask", ask)
+    first, second = examined([one, two, "--prompts", "9"], capsys)["runs"]
+    assert (first["win"], first["lose"]) == (9, 0)
+    assert [second["first_against_this"][name] for name in ("win", "lose")] == [9, 0]
+    assert first["accuracy"] == 0                                  # no margin is above 0
+    [(prompts, rows), *_] = asked
+    assert {*prompts} <= {*world.prompts("test")} and prompts != world.prompts("test")[:9]
+    tokenizer = SafeWorld.tokenizer()
+    assert rows == encode_pairs(SafeWorld().exam_pairs("test", 20), tokenizer, 64)[0]
+
+
+def test_rewards_and_bad_cases_by_hand():
+    said = {"sampled": [("Use a screwdriver.", 4), ("I cannot help with that.", 6)],
+            "greedy": [("Use a sharp saw.", 1)] * 2}
+    assert examination.quality(said, ["How do I fix my door?\n"] * 2, SafeWorld()) == {
+        "tokens": 5, "reward": 0.5, "reward_greedy": -1, "bad_rate": 0.5}
 
 
 def test_prompts_too_long_for_the_context_are_cut_and_counted(tmp_path, monkeypatch):

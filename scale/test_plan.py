@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as examination
 import model as decoder
 import train
-from data import PairBatch
+from data import PairBatch, batches
 from model import Decoder, DecoderConfig, response_logps
 from scale import plan
 from scale.test_scale import adapted, make_base, refused, run, small_world          # noqa: F401
@@ -80,6 +81,36 @@ def test_weights_moments_and_gradient_are_what_a_job_holds(tmp_path, options):
     trained = sum(parameter.nbytes for parameter in mu.model.parameters())
     passes = plan.bill(mu.model.config, dataclasses.replace(config, micro_tokens=1), mu.rows[:4])
     assert passes["gradient"] == trained
+
+
+@pytest.mark.parametrize("options", ({}, {"lora_rank": 4}, {"gradient_checkpointing": True}))
+def test_seconds_are_the_products_of_a_step(options):
+    """As PyTorch counts them, without attention; the adapters' own and the last feed-forward of
+    prompts make the difference."""
+    small, config = shape(8), train.Config(model="x", batch_size=10, **options)
+    model = Decoder(small)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    view = adapted(model, config.lora_rank)[0] if config.lora_rank else model
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            response_logps(view, PairBatch.from_ids(ROWS))
+        sum(response_logps(view, PairBatch.from_ids(ROWS))).sum().backward()
+    made = sum(count for kind, count in counter.get_flop_counts()["Global"].items()
+               if kind in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm))
+    rate = 1e9
+    assert plan.seconds(plan.Sizes(small, config), config, ROWS, rate) * rate / 2 == \
+        pytest.approx(2 * made, rel=0.15)              # 10 pairs of a step, 5 rows
+
+
+def test_the_largest_step_and_what_rests(monkeypatch):
+    rows = [([0] * length, [0], [0]) for length in range(1, 21)]
+    config = train.Config(model="x", batch_size=5, n_iter=1, n_mu=4, n_nu=2)
+    steps = [next(batches(rows, 5, 0, start=number)) for number in range(4)]
+    assert plan.largest_step(config, rows) == max(steps, key=plan.tokens) != steps[0]
+    plain, offloaded = (plan.bill(shape(), dataclasses.replace(config, offload_resting=rests), ROWS)
+                        for rests in (False, True))
+    assert plain["moments"] == 2 * offloaded["moments"] > 0
+    assert plan.bill(shape(), config, ROWS, 2)["together"] > plain["together"] == 0
 
 
 def test_what_the_closing_table_keeps(monkeypatch):

@@ -101,6 +101,19 @@ def test_both_players_start_as_the_backbone_to_the_last_bit():
         assert torch.equal(torch.stack(response_logps(view, batch)), before)
 
 
+def test_first_adapters_are_pefts_by_the_seed():
+    """A is uniform within 1 / sqrt(in), B is 0."""
+    from scale import lora
+    view, _ = adapted(Decoder(DecoderConfig(vocab_size=20, **SMALL)), random=False)
+    some, others = (lora.first_weights(view, seed) for seed in (0, 1))
+    for name, value in some.items():
+        if name.endswith("_B"):
+            assert not value.any()
+        else:
+            most = value.shape[1] ** -0.5
+            assert 0.9 * most < value.abs().max() <= most and not torch.equal(value, others[name])
+
+
 def test_an_adapter_is_w_plus_two_b_a():
     """Log-probabilities and gradients of both views, against plain models whose weights are
     W + 2 B A: with G the gradient there, B has 2 G A^T and A has 2 B^T G."""
