@@ -152,10 +152,11 @@ def merged(folder):
     rank, base, ranks = map(config.get, ("r", "base_model_name_or_path", "rank_pattern"))
     ours = (type(rank) is int and isinstance(base, str) and isinstance(ranks, dict)
             and {*map(type, ranks.values())} <= {int})
-    expected = {"peft_type": "LORA", **lora_options(rank, config.get("target_modules")), **patterns(
-        ranks)} if ours else {}
-    if not ours or any(config.get(name) != value for name, value in expected.items()) or any(
-            map(config.get, OTHERS)):
+    if ours:
+        expected = {"peft_type": "LORA", **lora_options(rank, config.get("target_modules")),
+                    **patterns(ranks)}
+        ours = expected.items() <= config.items() and not any(map(config.get, OTHERS))
+    if not ours:
         raise ValueError(f"{folder}: no adapter that train.py saved; peft can merge others")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise ValueError(f"{folder}: its backbone {base} is not there; write where it is into "

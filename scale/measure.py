@@ -84,8 +84,8 @@ def worker(arguments):
 
     def billed(shape, config, rows, processes, device):
         found = bill(shape, config, rows, processes, device)
-        all_at_once = sum(found.values()), plan.table(shape, config, rows, device)
-        bills.append(max(all_at_once) - (found["process"] if device == "cuda" else 0))
+        most = max(sum(found.values()), plan.closing_table(shape, config, rows, device))
+        bills.append(most - (found["process"] if device == "cuda" else 0))
         return found
 
     def timed(*inputs):

@@ -115,15 +115,15 @@ def passing(size, config, rows, device):
     return tokens(rows) * (layers + product * 3 * inner), chunk * logits + head * size.head
 
 
-def table(shape, config, rows, device="cpu"):
-    """Bytes of the closing table after training: a whole float32 model, which reads some pairs,
-    and then what it keeps of a batch of prompts and their answers."""
-    size, of_token = Sizes(shape, config), 4 * shape.num_key_value_heads * shape.head_dim
-    prompts = min(eval.ROWS_AT_ONCE, config.eval_prompts) * max(len(prompt) for prompt, *_ in rows)
-    answers = min(eval.ROWS_AT_ONCE, config.eval_prompts) * eval.DEFAULTS["max_new_tokens"]
-    cache = 2 * of_token * shape.num_hidden_layers * (prompts + answers)
-    inner = 4 * 3 * shape.intermediate_size * max(prompts, eval.TOKENS_AT_ONCE)
-    return 4 * size.whole + cache + inner + PROCESS.get(device, PROCESS["cpu"])
+def closing_table(shape, config, rows, device="cpu"):
+    """Bytes of it, after training: a whole float32 model, which reads some pairs, and then what it
+    keeps of a batch of prompts and their answers."""
+    at_once = min(eval.ROWS_AT_ONCE, config.eval_prompts)
+    longest = max(len(prompt) for prompt, *_ in rows)
+    keys = shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim    # and values
+    cache = 2 * 4 * keys * at_once * (longest + eval.DEFAULTS["max_new_tokens"])
+    inner = 4 * 3 * shape.intermediate_size * max(at_once * longest, eval.TOKENS_AT_ONCE)
+    return 4 * Sizes(shape, config).whole + cache + inner + PROCESS.get(device, PROCESS["cpu"])
 
 
 def tokens(rows):
@@ -234,7 +234,7 @@ def print_bills(config, shape, rows, step, processes, device, room):
     each = (16 + 8 * (config.n_nu > 0)) * trained
     print(f"on disk, as asked: checkpoints of {each / GB:.2f} GB, two and one more for a moment; "
           f"each player {4 * trained / GB:.2f} GB")
-    print_table_size(shape, config, rows, device.type)
+    print_closing_table(shape, config, rows, device.type)
 
 
 def ways(config, processes, kind):
@@ -242,10 +242,9 @@ def ways(config, processes, kind):
     seen = []
     for name, options, count in (("as asked", {}, processes), *WAYS):
         other = dataclasses.replace(config, **options)
-        if processes > 1 and count not in (1, processes):              # their cores are not known
-            continue
-        count = processes if processes > 1 else count
-        refused = config.method == "kto_pair" and (count > 1 or "method" in options) or \
+        count = processes if count == 1 else count
+        refused = processes not in (1, count) or \
+            config.method == "kto_pair" and (count > 1 or "method" in options) or \
             config.batch_size % count > 0 or \
             options.get("offload_resting") and (kind == "cpu" or config.n_nu == 0) or \
             "lora_rank" in options and (config.model is None or config.sft_steps > 0)
@@ -254,9 +253,9 @@ def ways(config, processes, kind):
             yield name, other, count
 
 
-def print_table_size(shape, config, rows, kind):
+def print_closing_table(shape, config, rows, kind):
     print("the closing table, in one process, when all is trained and saved: "
-          f"{table(shape, config, rows, kind) / GB:.2f} GB")
+          f"{closing_table(shape, config, rows, kind) / GB:.2f} GB")
 
 
 def print_table(lines):
@@ -293,7 +292,7 @@ def main():
         cards = [card for card in CARDS if sum(found.values()) <= 0.9 * card * GB]
         lines.append((way, found, {"fits into": f"{cards[0]} GB" if cards else "none"}))
     print_table(lines)
-    print_table_size(SHAPES[name], config, rows, "cuda")
+    print_closing_table(SHAPES[name], config, rows, "cuda")
 
 
 if __name__ == "__main__":

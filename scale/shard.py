@@ -289,15 +289,15 @@ def main(arguments=None):
         shutil.rmtree(SAID, ignore_errors=True)        # of a parent that had the same number
     dist.barrier()
     signal.signal(signal.SIGTERM, lambda *_: died(143))        # before and after the training
-    if not is_first():
+    first = is_first()
+    if not first:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
-    first = is_first()
     try:
         train.main(arguments, Job)
     except SystemExit as stop:
-        if stop.code in (1, 2) and not first:          # as the first one does, which says why; or
-            time.sleep(3)                              # for a reason of this process' own
+        if stop.code in (1, 2) and not first:          # the first one refuses as well, and has said
+            time.sleep(3)                              # why by then; or else this process says it
             died(stop.code, f"train.py: {brief(str(stop.__context__))}")
         if stop.code:
             SAID.mkdir(exist_ok=True)
